@@ -1,0 +1,36 @@
+# `make run` and `make test` do all set-up themselves; everything else builds on them.
+# PYTHON=/path/to/python3.12 chooses the interpreter (3.11 or newer).
+SHELL := /bin/sh
+BIN := .venv/bin
+PYTEST_OPTIONS ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check perf sim
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Create .venv and install what is missing (the others do it by themselves)
+	@scripts/setup
+
+run: setup ## Start the node service with a mounted volume to try; Ctrl-C stops everything
+	@exec $(BIN)/blockd serve --demo
+
+test: check ## Set-up, all checks, all tests
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+check: setup ## Format, lint, types, who imports whom: all that CI checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+
+perf: setup ## Speed next to nbdkit and qemu-nbd, in one run
+	@if [ ! -f perf/__main__.py ]; then echo "perf: perf/ holds no benchmark yet" >&2; exit 1; fi
+	$(BIN)/python -m perf
+
+sim: setup ## The deterministic simulator
+	@if [ ! -f tests/sim/__main__.py ]; then \
+		echo "sim: the simulator is not part of this version" >&2; exit 1; fi
+	$(BIN)/python -m tests.sim

@@ -1,0 +1,226 @@
+"""Printing answers: tables for people, JSON and YAML for programs.
+
+JSON and YAML are exactly what the API answered. Tables pick the columns people look for; outside
+a terminal they are as wide as their content, so nothing is cut off in a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blockd.client import Json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPE_COLUMNS = 10_000  # wider than any table we print
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_STYLES = {
+    "healthy": "green",
+    "degraded": "yellow",
+    "faulted": "red",
+    "error": "red",
+    "IN_SYNC": "green",
+    "SYNCING": "yellow",
+    "OUT": "red",
+}
+
+
+def show(answer: Any, output: str, table: Callable[[Any], None]) -> None:
+    """Print `answer` as `output` says; `table` prints it for people."""
+    if output == "json":
+        click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    elif output == "yaml":
+        import yaml
+
+        click.echo(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True), nl=False)
+    else:
+        table(answer)
+
+
+def size_text(size_bytes: Any) -> str:
+    """A number of bytes for people: 1 GiB, 12.3 MiB; a dash when there is none."""
+    if not isinstance(size_bytes, int | float):
+        return "-"
+    size, unit = float(size_bytes), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    digits = f"{size:.1f}".removesuffix(".0")
+    return f"{digits} {_UNITS[unit]}"
+
+
+def text(value: Any) -> str:
+    """A value in a table; a dash when there is none."""
+    return "-" if value is None or value == "" else str(value)
+
+
+def rows(headings: Sequence[str], lines: Sequence[Sequence[Any]], *, empty: str) -> None:
+    """Print a table with one line per thing, or the sentence `empty`."""
+    if not lines:
+        click.echo(empty)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, overflow="fold")
+    for line in lines:
+        table.add_row(*(_cell(value) for value in line))
+    _print(table)
+
+
+def pairs(facts: Mapping[str, Any]) -> None:
+    """Print one thing as two columns, name and value."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, _cell(value))
+    _print(table)
+
+
+def _cell(value: Any) -> Any:
+    from rich.text import Text
+
+    written = text(value)
+    return Text(written, style=_STYLES.get(written, ""))
+
+
+def _print(table: Table) -> None:
+    console = _console()
+    with console.capture() as capture:
+        console.print(table)
+    # Rich pads the last column with spaces; nobody wants them in a pipe.
+    for line in capture.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_COLUMNS)
+    return console
+
+
+# -- the tables of each kind ----------------------------------------------------------------------
+
+
+def volume_table(volumes: list[Json]) -> None:
+    """One line per volume."""
+    rows(
+        ("NAME", "SIZE", "ALLOCATED", "STATE", "HEALTH", "REPLICAS", "DEVICE", "MOUNT"),
+        [
+            (
+                volume.get("name"),
+                size_text(volume.get("size_bytes")),
+                size_text(volume.get("allocated_bytes")),
+                volume.get("state"),
+                volume.get("health"),
+                in_sync_text(volume),
+                volume.get("device") or volume.get("nbd_uri"),
+                mount_text(volume),
+            )
+            for volume in volumes
+        ],
+        empty="no volumes; make one with `blockd volume create NAME --size 10G`",
+    )
+
+
+def volume_details(volume: Json) -> None:
+    """Everything about one volume."""
+    facts = {
+        "name": volume.get("name"),
+        "size": size_text(volume.get("size_bytes")),
+        "allocated": size_text(volume.get("allocated_bytes")),
+        "block size": volume.get("block_size"),
+        "state": volume.get("state"),
+        "health": volume.get("health"),
+        "front end": volume.get("frontend"),
+        "device": volume.get("device"),
+        "NBD address": volume.get("nbd_uri"),
+        "mounted at": mount_text(volume),
+        "epoch": volume.get("epoch"),
+        "daemon pid": volume.get("pid"),
+        "created": volume.get("created"),
+        "uid": volume.get("uid"),
+    }
+    if volume.get("message"):
+        facts["message"] = volume["message"]
+    pairs(facts)
+    click.echo("\nreplicas")
+    replica_table(volume.get("replicas") or [])
+    click.echo("\nsnapshots")
+    snapshot_table(volume.get("snapshots") or [], volume_name=str(volume.get("name")))
+
+
+def replica_table(replicas: list[Json]) -> None:
+    """One line per replica."""
+    rows(
+        ("ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"),
+        [
+            (
+                replica.get("id"),
+                replica.get("state"),
+                fraction_text(replica.get("rebuild_fraction")),
+                replica.get("pid"),
+                replica.get("address"),
+                replica.get("path"),
+            )
+            for replica in replicas
+        ],
+        empty="no replicas",
+    )
+
+
+def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
+    """One line per snapshot."""
+    rows(
+        ("NAME", "CREATED", "ID", "LABELS"),
+        [
+            (
+                f"{volume_name}@{bare_snapshot_name(snapshot)}",
+                snapshot.get("created"),
+                snapshot.get("id"),
+                labels_text(snapshot.get("labels")),
+            )
+            for snapshot in snapshots
+        ],
+        empty=f"no snapshots; take one with `blockd snapshot create {volume_name}@NAME`",
+    )
+
+
+def bare_snapshot_name(snapshot: Json) -> str:
+    """The name of a snapshot without its volume's."""
+    return str(snapshot.get("name")).rpartition("@")[2]
+
+
+def fraction_text(fraction: Any) -> str:
+    """A share for people: 42%."""
+    return f"{fraction:.0%}" if isinstance(fraction, int | float) else "-"
+
+
+def labels_text(labels: Any) -> str:
+    """Labels in one line: a=1,b=2."""
+    return ",".join(f"{key}={value}" for key, value in (labels or {}).items())
+
+
+def in_sync_text(volume: Json) -> str:
+    """How many of a volume's replicas are in sync: 2/3."""
+    replicas = volume.get("replicas") or []
+    in_sync = sum(replica.get("state") == "IN_SYNC" for replica in replicas)
+    return f"{in_sync}/{len(replicas)}"
+
+
+def mount_text(volume: Json) -> str:
+    """Where a volume is mounted."""
+    mount = volume.get("mount")
+    return text(mount.get("path") if isinstance(mount, dict) else mount)

@@ -1,0 +1,219 @@
+"""`blockd replica ...`: look at, rebuild, add and remove the copies of a volume."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from blockd.cli import output as out
+from blockd.cli.common import (
+    Settings,
+    hint,
+    output_option,
+    pass_settings,
+    replica_named,
+    timeout_option,
+    volume_named_vol,
+    waiting,
+)
+from blockd.client import WAIT_SECONDS, Client, Json
+from protocol.errors import DeadlineError, DegradedError
+
+REBUILD_SECONDS = 86_400.0  # 8 TiB at 100 MB/s, the largest volume over a 1 Gbit/s network
+START_SECONDS = 30.0  # a rebuild that shows no sign of life by then has not started
+POLL_SECONDS = 0.3  # a person sees it as continuous; each poll costs one status
+
+
+@click.group(no_args_is_help=False)
+def replica() -> None:
+    """List, rebuild, add and remove the copies of a volume."""
+
+
+@replica.command(
+    name="ls",
+    epilog="""\b
+Examples:
+  blockd replica ls data
+  blockd replica ls data -o json
+""",
+)
+@volume_named_vol
+@output_option
+@pass_settings
+def list_replicas(settings: Settings, volume: str, output: str) -> None:
+    """List the replicas of a volume."""
+    with settings.client() as client:
+        replicas = client.replicas(volume)
+    out.show(replicas, output, out.replica_table)
+
+
+@replica.command(
+    epilog="""\b
+Example:
+  blockd replica add data && blockd replica rebuild data
+"""
+)
+@volume_named_vol
+@timeout_option
+@output_option
+@pass_settings
+def add(settings: Settings, volume: str, timeout: float, output: str) -> None:
+    """Add a replica; it counts once a rebuild has filled it."""
+    with settings.client() as client, waiting(f"adding a replica to volume {volume}"):
+        client.replica_add(volume, wait=timeout)
+        replicas = client.replicas(volume)
+    out.show(replicas, output, out.replica_table)
+    hint(f"next: blockd replica rebuild {volume}")
+
+
+@replica.command(
+    epilog="""\b
+Example:
+  blockd replica rm data 3f2a        # the id or its beginning, from `blockd replica ls data`
+"""
+)
+@volume_named_vol
+@click.argument("replica_text", metavar="REPLICA")
+@timeout_option
+@output_option
+@pass_settings
+def rm(settings: Settings, volume: str, replica_text: str, timeout: float, output: str) -> None:
+    """Remove a replica and its data; the last one in sync is refused."""
+    with settings.client() as client, waiting(f"removing a replica of volume {volume}"):
+        replica_id = replica_named(client.volume(volume), replica_text)
+        client.replica_delete(volume, replica_id, wait=timeout)
+    answer = {"id": replica_id, "volume": volume, "removed": True}
+    out.show(answer, output, lambda _: click.echo(f"replica {replica_id} of {volume} is removed"))
+
+
+@replica.command(
+    epilog="""\b
+Examples:
+  blockd replica rebuild data
+  blockd replica rebuild data --replica 3f2a
+  blockd replica rebuild data --no-wait && blockd replica ls data
+"""
+)
+@volume_named_vol
+@click.option(
+    "--replica",
+    "replica_text",
+    metavar="ID",
+    help="Only this one; the id or its beginning.  [default: all that are OUT]",
+)
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it is in sync.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=REBUILD_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait (then: exit code 5); the rebuild goes on.",
+)
+@output_option
+@pass_settings
+def rebuild(
+    settings: Settings,
+    volume: str,
+    replica_text: str | None,
+    wait: bool,
+    timeout: float,
+    output: str,
+) -> None:
+    """Bring replicas that are OUT back in sync, while the volume is in use.
+
+    Exit code 6 when one of them cannot be rebuilt and the volume stays degraded.
+    """
+    with settings.client() as client:
+        before = client.volume(volume)
+        replica_id = None if replica_text is None else replica_named(before, replica_text)
+        targets = _to_rebuild(before, replica_id)
+        if not targets:
+            out.show(before["replicas"], output, out.replica_table)
+            hint("nothing to rebuild: all replicas are in sync")
+            return
+        client.rebuild(volume, replica_id, wait=min(timeout, WAIT_SECONDS))
+        if wait:
+            with _progress(f"rebuilding {volume}") as report:
+                after = _follow(client, volume, targets, timeout, report)
+        else:
+            after = client.volume(volume)
+    out.show(after["replicas"], output, out.replica_table)
+
+
+def _to_rebuild(volume: Json, replica_id: str | None) -> set[str]:
+    """The replicas that are not in sync, of all or of the one asked for."""
+    return {
+        str(replica["id"])
+        for replica in volume["replicas"]
+        if replica["state"] != "IN_SYNC" and replica_id in (None, replica["id"])
+    }
+
+
+def _follow(
+    client: Client,
+    volume: str,
+    targets: set[str],
+    timeout: float,
+    report: Callable[[float], None],
+) -> Json:
+    """Watch until all `targets` are in sync; return the volume then.
+
+    A target that was SYNCING and is OUT again, or that is still OUT after START_SECONDS, has
+    failed: DegradedError.
+    """
+    begin = time.monotonic()
+    seen_syncing: set[str] = set()
+    while True:
+        view = client.volume(volume)
+        replicas = {str(replica["id"]): replica for replica in view["replicas"]}
+        states = {target: replicas.get(target, {}).get("state") for target in targets}
+        left = {target for target, state in states.items() if state != "IN_SYNC"}
+        if not left:
+            report(1.0)
+            return view
+        seen_syncing |= {target for target in left if states[target] == "SYNCING"}
+        passed = time.monotonic() - begin
+        for target in left:
+            gone = target not in replicas
+            lost = states[target] == "OUT" and target in seen_syncing
+            never = target not in seen_syncing and passed > START_SECONDS
+            if gone or lost or never:
+                what = "ended: it is gone" if gone else "stopped" if lost else "did not start"
+                raise DegradedError(_failure_text(view, target, what))
+        if passed > timeout:
+            raise DeadlineError(
+                f"rebuild of volume {volume} is not done after {timeout:g} s and goes on; "
+                f"see `blockd replica ls {volume}`"
+            )
+        fractions = [replicas[target].get("rebuild_fraction") or 0.0 for target in left]
+        report((sum(fractions) + len(targets) - len(left)) / len(targets))
+        time.sleep(POLL_SECONDS)
+
+
+def _failure_text(view: Json, target: str, what: str) -> str:
+    name = view.get("name")
+    reason = f" ({view['message']})" if view.get("message") else ""
+    return (
+        f"rebuild of replica {target} of volume {name} {what}{reason}; the "
+        f"volume is {view.get('health')}; try again with `blockd replica rebuild {name}`, or "
+        f"replace it: `blockd replica rm {name} {target}`, `blockd replica add {name}`"
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on a terminal; gives the function that takes the share done."""
+    if not sys.stderr.isatty():
+        yield lambda fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=1.0)
+        yield lambda fraction: progress.update(task, completed=fraction)

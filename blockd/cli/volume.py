@@ -1,0 +1,254 @@
+"""`blockd volume ...`: make, look at, attach, mount and remove volumes."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from blockd.cli import output as out
+from blockd.cli.common import (
+    Settings,
+    hint,
+    label_option,
+    output_option,
+    pass_settings,
+    refuse,
+    timeout_option,
+    volume_argument,
+    waiting,
+    warn_unhealthy,
+)
+from blockd.client import Json
+from protocol.units import REPLICAS_MAX, check_name, parse_size
+
+FRONTENDS = ("auto", "fuse", "socket")
+FILE_SYSTEMS = ("ext4", "xfs")
+
+
+@click.group(no_args_is_help=False)
+def volume() -> None:
+    """Make, attach, mount and remove volumes."""
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume create data --size 10G
+  blockd volume create db --size 512M --replicas 2 --block-size 512 --label owner=ana
+"""
+)
+@volume_argument
+@click.option(
+    "--size", required=True, metavar="SIZE", help="Such as 512M, 10G, 1T; powers of 1024."
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, REPLICAS_MAX),
+    default=3,
+    show_default=True,
+    help="How many full copies to keep.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["4096", "512"]),
+    default="4096",
+    show_default=True,
+    help="The block size the consumer sees, in bytes.",
+)
+@click.option(
+    "--rebuild-wait",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="How long a lost replica may stay away before it is rebuilt.  [default: 10]",
+)
+@label_option
+@timeout_option
+@output_option
+@pass_settings
+def create(
+    settings: Settings,
+    name: str,
+    size: str,
+    replicas: int,
+    block_size: str,
+    rebuild_wait: float | None,
+    labels: dict[str, str],
+    timeout: float,
+    output: str,
+) -> None:
+    """Make a volume; it takes space only as it is written."""
+    body: Json = {
+        "name": check_name("volume", name),
+        "size_bytes": parse_size(size),
+        "replicas": replicas,
+        "block_size": int(block_size),
+    }
+    if rebuild_wait is not None:
+        body["rebuild_wait_seconds"] = rebuild_wait
+    if labels:
+        body["labels"] = labels
+    with settings.client() as client, waiting(f"creating volume {name}"):
+        made = client.volume_create(body, wait=timeout)
+    out.show(made, output, lambda view: out.volume_table([view]))
+    hint(f"next: blockd volume attach {name}")
+
+
+@volume.command(
+    name="ls",
+    epilog="""\b
+Examples:
+  blockd volume ls
+  blockd volume ls -o json
+""",
+)
+@output_option
+@pass_settings
+def list_volumes(settings: Settings, output: str) -> None:
+    """List the volumes."""
+    with settings.client() as client:
+        volumes = client.volumes()
+    out.show(volumes, output, out.volume_table)
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume show data
+  blockd volume show data -o json | jq -r .device
+"""
+)
+@volume_argument
+@output_option
+@pass_settings
+def show(settings: Settings, name: str, output: str) -> None:
+    """Show a volume with its replicas and snapshots."""
+    with settings.client() as client:
+        found = client.volume(name)
+    out.show(found, output, out.volume_details)
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume rm data
+  blockd volume rm data --force      # detach it first if it is attached
+"""
+)
+@volume_argument
+@click.option("--force", is_flag=True, help="Unmount and detach it first if it is in use.")
+@timeout_option
+@output_option
+@pass_settings
+def rm(settings: Settings, name: str, force: bool, timeout: float, output: str) -> None:
+    """Remove a volume with all its replicas and snapshots; its data is gone for good."""
+    with settings.client() as client, waiting(f"removing volume {name}"):
+        client.volume_delete(name, force=force, wait=timeout)
+    answer = {"name": name, "removed": True}
+    out.show(answer, output, lambda _: click.echo(f"volume {name} is removed"))
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume attach data                      # a block device
+  blockd volume attach data --frontend socket    # an NBD address only; needs no root
+"""
+)
+@volume_argument
+@click.option(
+    "--frontend",
+    type=click.Choice(FRONTENDS),
+    default="auto",
+    show_default=True,
+    help="How consumers reach it: fuse gives a block device, socket an NBD address.",
+)
+@timeout_option
+@output_option
+@pass_settings
+def attach(settings: Settings, name: str, frontend: str, timeout: float, output: str) -> None:
+    """Attach a volume: start its daemon and give it a device or an NBD address."""
+    with settings.client() as client, waiting(f"attaching volume {name}"):
+        attached = client.attach(name, frontend, wait=timeout)
+    out.show(attached, output, lambda view: out.volume_table([view]))
+    warn_unhealthy(attached)
+    if attached.get("device"):
+        hint(f"next: blockd volume mount {name}")
+    elif attached.get("nbd_uri"):
+        hint(f"next: nbdinfo '{attached['nbd_uri']}'")
+
+
+@volume.command(
+    epilog="""\b
+Example:
+  blockd volume detach data
+"""
+)
+@volume_argument
+@timeout_option
+@output_option
+@pass_settings
+def detach(settings: Settings, name: str, timeout: float, output: str) -> None:
+    """Detach a volume: remove its device and stop its daemon."""
+    with settings.client() as client, waiting(f"detaching volume {name}"):
+        detached = client.detach(name, wait=timeout)
+    out.show(detached, output, lambda view: out.volume_table([view]))
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume mount data                     # at HOME/mnt/data
+  blockd volume mount data /srv/data --fs xfs
+"""
+)
+@volume_argument
+@click.argument("directory", metavar="[DIR]", required=False)
+@click.option(
+    "--fs",
+    type=click.Choice(FILE_SYSTEMS),
+    default="ext4",
+    show_default=True,
+    help="The file system to make if the volume is blank.",
+)
+@timeout_option
+@output_option
+@pass_settings
+def mount(
+    settings: Settings, name: str, directory: str | None, fs: str, timeout: float, output: str
+) -> None:
+    """Mount an attached volume; a blank one gets a file system first."""
+    path = _directory_on_node(settings, directory)
+    with settings.client() as client, waiting(f"mounting volume {name}"):
+        mounted = client.mount(name, path, fs, wait=timeout)
+    out.show(mounted, output, lambda view: out.volume_table([view]))
+    warn_unhealthy(mounted)
+
+
+def _directory_on_node(settings: Settings, directory: str | None) -> str | None:
+    """The mount point as an absolute path, which the node service needs."""
+    if directory is None:
+        return None
+    if settings.url is not None and not os.path.isabs(directory):
+        refuse(
+            f"mount point {directory!r} is a relative path, and with --url it would be looked up "
+            "on another machine; give an absolute path"
+        )
+    return os.path.abspath(directory)
+
+
+@volume.command(
+    epilog="""\b
+Example:
+  blockd volume umount data
+"""
+)
+@volume_argument
+@timeout_option
+@output_option
+@pass_settings
+def umount(settings: Settings, name: str, timeout: float, output: str) -> None:
+    """Unmount a volume; it stays attached."""
+    with settings.client() as client, waiting(f"unmounting volume {name}"):
+        unmounted = client.umount(name, wait=timeout)
+    out.show(unmounted, output, lambda view: out.volume_table([view]))
