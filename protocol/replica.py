@@ -1,0 +1,197 @@
+"""The wire between a volume daemon and a replica daemon: bytes to frames and back.
+
+A frame is a 40-byte little-endian header and a payload:
+
+    offset  size  field
+    0       4     magic "bkd1"
+    4       1     version (1)
+    5       1     operation
+    6       2     flags
+    8       4     length     bytes of the volume the operation is about
+    12      8     offset     byte offset in the volume; region number for LAYER_*
+    20      8     sequence   order of the operation; a reply repeats it
+    28      4     argument   layer id in requests, errno in REFUSED
+    32      4     payload    bytes that follow the header
+    36      4     CRC32C of bytes 0..35
+
+The payload size stands apart from `length` so that a reader frames a message without knowing its
+operation. Data payloads are one little-endian u32 map entry per 4 KiB block (protocol.checksum),
+then the data of the blocks; in DATA and LAYER_* payloads only blocks that have data (entry > 1)
+follow, densely. Control payloads are JSON objects.
+
+The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
+first in, first out, and the replica applies operations in that order; that order is the total
+order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
+before. FLUSH, READ, EXTENTS, CONTROL and LAYER_* are answered one by one.
+
+Invariants: payload <= PAYLOAD_BYTES_MAX; a frame with a wrong magic, version, CRC or size ends the
+session. No socket, file or clock here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import struct
+from typing import Any
+
+from crc32c import crc32c
+
+from protocol.checksum import block_checksum, block_checksums
+from protocol.errors import PeerError
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
+
+MAGIC = 0x31646B62  # "bkd1" in little-endian
+VERSION = 1
+HEADER_BYTES = 40
+PAYLOAD_BYTES_MAX = REGION_BYTES + 4 * BLOCKS_PER_REGION  # one whole region with its map
+NONCE_BYTES = 32
+
+# Requests, volume daemon to replica.
+HELLO, PROVE, FENCE = 1, 2, 3
+READ, WRITE, ZERO, FLUSH, EXTENTS = 16, 17, 18, 19, 20
+CONTROL, LAYER_READ, LAYER_WRITE = 32, 33, 34
+# Answers, replica to volume daemon.
+APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
+ANSWER, LAYER_DATA, REFUSED = 132, 133, 134
+
+KEEP_ALLOCATED = 1  # flag of ZERO: the range must stay allocated (NBD NO_HOLE)
+
+Frame = tuple[int, int, int, int, int, int, memoryview | None]
+"""operation, flags, length, offset, sequence, argument, payload"""
+
+_HEADER = struct.Struct("<IBBHIQQII")
+_HEADER_CRC = struct.Struct("<IBBHIQQIII")
+_U32 = struct.Struct("<I")
+_TWO_U32 = struct.Struct("<II")
+_pack = _HEADER.pack
+_unpack = _HEADER_CRC.unpack_from
+_ONE_BLOCK_PAYLOAD = BLOCK_BYTES + 4
+
+
+class WireError(PeerError):
+    """The bytes are not the protocol; the session ends."""
+
+    code = "wire"
+
+
+def frame(
+    operation: int,
+    sequence: int,
+    *,
+    length: int = 0,
+    offset: int = 0,
+    argument: int = 0,
+    flags: int = 0,
+    payload_bytes: int = 0,
+) -> bytes:
+    """The 40 header bytes of one frame."""
+    header = _pack(
+        MAGIC, VERSION, operation, flags, length, offset, sequence, argument, payload_bytes
+    )
+    return header + _U32.pack(crc32c(header))
+
+
+def pack_into(
+    buffer: bytearray,
+    position: int,
+    operation: int,
+    sequence: int,
+    length: int,
+    offset: int,
+    payload_bytes: int,
+) -> None:
+    """Write the header of an answer into `buffer` at `position`."""
+    header = _pack(MAGIC, VERSION, operation, 0, length, offset, sequence, 0, payload_bytes)
+    buffer[position : position + 36] = header
+    _U32.pack_into(buffer, position + 36, crc32c(header))
+
+
+def write_header(sequence: int, offset: int, data: memoryview) -> bytes:
+    """Header and map entries of a WRITE; the data follows in a buffer of its own."""
+    length = len(data)
+    if length == BLOCK_BYTES:
+        header = _pack(MAGIC, VERSION, WRITE, 0, length, offset, sequence, 0, _ONE_BLOCK_PAYLOAD)
+        return header + _TWO_U32.pack(crc32c(header), block_checksum(data))
+    entries = block_checksums(data)
+    head = frame(
+        WRITE, sequence, length=length, offset=offset, payload_bytes=length + 4 * len(entries)
+    )
+    return head + struct.pack(f"<{len(entries)}I", *entries)
+
+
+def read_header(sequence: int, offset: int, length: int, layer_id: int) -> bytes:
+    """A READ of whole blocks; `layer_id` 0 reads the live volume."""
+    header = _pack(MAGIC, VERSION, READ, 0, length, offset, sequence, layer_id, 0)
+    return header + _U32.pack(crc32c(header))
+
+
+def json_frame(operation: int, sequence: int, content: dict[str, Any]) -> bytes:
+    """A frame whose payload is a JSON object."""
+    payload = json.dumps(content, separators=(",", ":")).encode()
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        raise PeerError(
+            f"a control message of {len(payload)} bytes is over the limit of {PAYLOAD_BYTES_MAX}; "
+            "shorten snapshot labels"
+        )
+    return frame(operation, sequence, payload_bytes=len(payload)) + payload
+
+
+def json_content(payload: memoryview | None) -> dict[str, Any]:
+    """The JSON object of a control payload."""
+    try:
+        content = json.loads(bytes(payload or b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a control message is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise WireError("a control message is not a JSON object")
+    return content
+
+
+def parse(
+    buffer: bytearray | memoryview, view: memoryview, start: int, end: int, frames: list[Frame]
+) -> int:
+    """Append every whole frame of view[start:end] to `frames`; the new start.
+
+    `view` is a view of `buffer`; payloads are slices of it.
+    """
+    while end - start >= HEADER_BYTES:
+        magic, version, operation, flags, length, offset, sequence, argument, size, crc = _unpack(
+            buffer, start
+        )
+        if crc32c(view[start : start + 36]) != crc or magic != MAGIC:
+            raise WireError(f"a frame header is damaged or not ours (magic {magic:#010x})")
+        if version != VERSION:
+            raise WireError(f"wire version {version} is not spoken here; this side speaks 1")
+        if size > PAYLOAD_BYTES_MAX:
+            raise WireError(f"payload of {size} bytes is over the limit of {PAYLOAD_BYTES_MAX}")
+        stop = start + HEADER_BYTES + size
+        if stop > end:
+            break
+        frames.append(
+            (
+                operation,
+                flags,
+                length,
+                offset,
+                sequence,
+                argument,
+                view[start + HEADER_BYTES : stop] if size else None,
+            )
+        )
+        start = stop
+    return start
+
+
+def needed(view: memoryview, start: int, end: int) -> int:
+    """Bytes the first incomplete frame at `start` takes in all (its header was checked)."""
+    if end - start < HEADER_BYTES:
+        return HEADER_BYTES
+    size: int = _unpack(view, start)[8]
+    return HEADER_BYTES + size
+
+
+def proof(key: bytes, role: str, first_nonce: str, second_nonce: str, volume_uuid: str) -> str:
+    """HMAC-SHA256 that `role` ("volume" or "replica") knows the volume's key."""
+    message = f"blockd-wire-1|{role}|{first_nonce}|{second_nonce}|{volume_uuid}".encode()
+    return hmac.new(key, message, "sha256").hexdigest()

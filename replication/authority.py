@@ -1,0 +1,212 @@
+"""Where epoch, member states and the layer tree of a volume are kept, and how they change.
+
+One record per volume, changed only by compare-and-swap on its `version`: whoever changes it has
+seen the newest one. On one machine it is a row of an SQLite file; the interface is that of a
+Kubernetes object with a resourceVersion, so a cluster can keep it there.
+
+The volume daemon changes the record while it runs (epoch at open, a member's state before a
+write is acknowledged without it, snapshots); the node service creates and deletes it and may
+edit OUT members while no volume daemon runs.
+
+If the process dies inside `swap`, SQLite's journal has either the old or the new row
+(synchronous=FULL: the commit returns after fsync). A caller that does not learn the outcome
+loads the record again and compares the version.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from protocol.errors import ConflictError, NotFoundError, StorageError
+
+IN_SYNC, SYNCING, OUT = "IN_SYNC", "SYNCING", "OUT"
+BUSY_TIMEOUT_SECONDS = 10.0  # longest wait for another process's commit; commits take milliseconds
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One replica as the authority knows it."""
+
+    state: str
+    address: str
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One sealed layer; `name` is empty for a layer that is no snapshot (any more)."""
+
+    id: int
+    parent: int
+    name: str = ""
+    created: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """All the authority keeps of one volume.
+
+    `clean`: the last volume daemon closed everything; the members are equal. `pending` names a
+    revert that was decided and may not have reached every member.
+    """
+
+    volume_uuid: str
+    volume_name: str
+    size_bytes: int
+    members: Mapping[str, Member]
+    epoch: int = 0
+    config_seq: int = 0
+    layers: tuple[LayerRecord, ...] = ()
+    head_id: int = 1
+    head_parent: int = 0
+    next_layer_id: int = 2
+    clean: bool = True
+    pending: Mapping[str, int] | None = None
+    version: int = 0
+
+    def with_state(self, replica_uuid: str, state: str) -> Record:
+        """The record with one member in another state, as a new configuration."""
+        changed = {**self.members, replica_uuid: replace(self.members[replica_uuid], state=state)}
+        return replace(self, members=changed, config_seq=self.config_seq + 1)
+
+    def layer_named(self, name: str) -> LayerRecord | None:
+        """The snapshot of that name."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+
+class Authority(Protocol):
+    """The store of records. Every method may block and raises StorageError if it is away."""
+
+    def load(self, volume_uuid: str) -> Record | None:
+        """The newest record, None if there is none."""
+
+    def find(self, volume_name: str) -> Record | None:
+        """The newest record of the volume of that name."""
+
+    def create(self, record: Record) -> Record:
+        """Store the first record; ConflictError if one exists."""
+
+    def swap(self, record: Record) -> Record:
+        """Store `record` if nobody changed it since; the stored one, or ConflictError."""
+
+    def delete(self, volume_uuid: str) -> None:
+        """Forget the volume."""
+
+
+def to_dict(record: Record) -> dict[str, Any]:
+    """The JSON form of a record."""
+    return asdict(record)
+
+
+def from_dict(content: dict[str, Any], version: int) -> Record:
+    """A record from its JSON form."""
+    content = {
+        **content,
+        "members": {uuid: Member(**member) for uuid, member in content["members"].items()},
+        "layers": tuple(LayerRecord(**layer) for layer in content["layers"]),
+        "version": version,
+    }
+    return Record(**content)
+
+
+class SqliteAuthority:
+    """Records as rows of one SQLite file, shared by all processes of a machine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._call(
+            lambda db: db.execute(
+                "CREATE TABLE IF NOT EXISTS authority (volume_uuid TEXT PRIMARY KEY,"
+                " volume_name TEXT NOT NULL, version INTEGER NOT NULL, record TEXT NOT NULL)"
+            )
+        )
+
+    def load(self, volume_uuid: str) -> Record | None:
+        return self._one("volume_uuid", volume_uuid)
+
+    def find(self, volume_name: str) -> Record | None:
+        return self._one("volume_name", volume_name)
+
+    def create(self, record: Record) -> Record:
+        def insert(db: sqlite3.Connection) -> Record:
+            try:
+                db.execute(
+                    "INSERT INTO authority VALUES (?, ?, 1, ?)",
+                    (record.volume_uuid, record.volume_name, _encode(record)),
+                )
+            except sqlite3.IntegrityError:
+                raise ConflictError(
+                    f"volume {record.volume_name} ({record.volume_uuid}) has a record in "
+                    f"{self.path} already; delete the volume first"
+                ) from None
+            return replace(record, version=1)
+
+        return self._call(insert)
+
+    def swap(self, record: Record) -> Record:
+        def update(db: sqlite3.Connection) -> Record:
+            cursor = db.execute(
+                "UPDATE authority SET version = version + 1, volume_name = ?, record = ?"
+                " WHERE volume_uuid = ? AND version = ?",
+                (record.volume_name, _encode(record), record.volume_uuid, record.version),
+            )
+            if cursor.rowcount == 1:
+                return replace(record, version=record.version + 1)
+            row = db.execute(
+                "SELECT version FROM authority WHERE volume_uuid = ?", (record.volume_uuid,)
+            ).fetchone()
+            if row is None:
+                raise NotFoundError(f"volume {record.volume_name} has no record in {self.path}")
+            raise ConflictError(
+                f"the record of volume {record.volume_name} moved to version {row[0]} while "
+                f"version {record.version} was changed here; load it again"
+            )
+
+        return self._call(update)
+
+    def delete(self, volume_uuid: str) -> None:
+        self._call(
+            lambda db: db.execute("DELETE FROM authority WHERE volume_uuid = ?", (volume_uuid,))
+        )
+
+    def _one(self, column: str, value: str) -> Record | None:
+        def select(db: sqlite3.Connection) -> Record | None:
+            row = db.execute(
+                f"SELECT record, version FROM authority WHERE {column} = ?", (value,)
+            ).fetchone()
+            return from_dict(_decode(row[0]), row[1]) if row else None
+
+        return self._call(select)
+
+    def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` in one transaction on a connection of its own (threads call this)."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS)) as db:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=FULL")
+                with db:
+                    return work(db)
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"the volume records in {self.path} cannot be used: {error}; "
+                "check the file, its directory and the free space"
+            ) from None
+
+
+def _encode(record: Record) -> str:
+    content = to_dict(record)
+    del content["version"]
+    return json.dumps(content)
+
+
+def _decode(text: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(text)
+    return content

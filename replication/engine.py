@@ -1,0 +1,473 @@
+"""The volume: requests in, one order for all members, answers out. The hot path.
+
+A front end calls `read`, `write`, `zero`, `flush`, `extents`; the owner of the replica sockets
+calls `received` with the frames of one batch. Nothing here blocks and nothing here owns a socket:
+what has to leave waits in the links' outboxes.
+
+The order. Every change gets the next sequence number and is queued on all targets (IN_SYNC and
+SYNCING members) at once. Links are first in, first out and replicas apply in order, so all members
+see one order, and a read queued on any link sees every write queued before it.
+
+Invariants (numbers are the replication rules of ARCHITECTURE.md):
+- a write is answered only when every target answered it: pending[0].sequence > min(applied)  (2)
+- a target leaves `targets` only after the record says OUT; until then it holds answers back  (3)
+- the last IN_SYNC member is never OUT; without it I/O fails with EIO and the state says so    (3)
+- FLUSH is queued behind every write answered before it, on every target                       (5)
+- sequence numbers only grow; pending is ordered by them                                       (8)
+- data is returned only if every block matches its checksum                                   (13)
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from protocol import replica as wire
+from protocol.checksum import ZEROS, block_checksum
+from protocol.errors import BlockdError, PeerError, StorageError, from_code
+from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
+from replication import membership, pieces
+from replication.authority import IN_SYNC, Record
+from replication.ledger import Ledger
+from replication.link import Link, ReadRequest, Reply
+from replication.ranges import RangeLocks
+
+EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
+
+Chunks = list[tuple[int, memoryview | None]]
+"""byte count and data (None = zeros), in order"""
+
+_U32 = struct.Struct("<I")
+_MASK = BLOCK_BYTES - 1
+
+
+class Client(Protocol):
+    """A front-end connection; `cookie` is whatever it gave with the request."""
+
+    def done(self, cookie: Any, error: int) -> None:
+        """A request without data ended (0 or an errno), or a read failed."""
+
+    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+        """A read ended well. The views are good until the caller's batch ends."""
+
+    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
+        """(block count, has data) runs that begin at the block of the asked offset."""
+
+
+class Engine:
+    """One open volume."""
+
+    def __init__(self, ledger: Ledger, now: Callable[[], float]) -> None:
+        self.ledger = ledger
+        self.now = now
+        self.sequence = 0
+        self.links: dict[str, Link] = {}
+        self.targets: list[Link] = []
+        self.readers: list[Link] = []
+        self.locks = RangeLocks()
+        self.pending: deque[tuple[int, Client, Any, bool]] = deque()
+        self.flushes: list[_Flush] = []
+        self.structure_busy: str | None = None  # what is changing the layer tree or the members
+        self.on_lost: Callable[[Link, str], None] = lambda link, reason: None
+        self.on_members: Callable[[], None] = lambda: None
+        self.reads_total = self.writes_total = self.zeros_total = self.flushes_total = 0
+        self.read_bytes = self.written_bytes = self.checksum_errors = 0
+        self._queues: list[list[Any]] = []
+        self._turn = 0
+
+    @property
+    def record(self) -> Record:
+        """The newest record of the volume."""
+        return self.ledger.record
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def write(self, client: Client, cookie: Any, offset: int, data: memoryview, fua: bool) -> None:
+        """Write any byte range; answered when every target applied it."""
+        length = len(data)
+        self.writes_total += 1
+        self.written_bytes += length
+        if (offset | length) & _MASK:
+            pieces.write_partial(self, client, cookie, offset, data, fua)
+        elif self.locks.held and self.locks.blocks(
+            offset // BLOCK_BYTES, (offset + length) // BLOCK_BYTES
+        ):
+            kept = memoryview(bytes(data))
+            self.locks.wait(
+                offset // BLOCK_BYTES,
+                (offset + length) // BLOCK_BYTES,
+                lambda: self.send_write(client, cookie, offset, kept, fua),
+            )
+        else:
+            self.send_write(client, cookie, offset, data, fua)
+
+    def send_write(
+        self, client: Client, cookie: Any, offset: int, data: memoryview, fua: bool
+    ) -> None:
+        """Queue a write of whole blocks on every target; the range is not locked by others."""
+        if len(data) > PIECE_BYTES_MAX:
+            pieces.write_long(self, client, cookie, offset, data, fua)
+            return
+        self.sequence = sequence = self.sequence + 1
+        head = wire.write_header(sequence, offset, data)
+        for queue in self._queues:
+            queue.append(head)
+            queue.append(data)
+        self.pending.append((sequence, client, cookie, fua))
+
+    def zero(
+        self, client: Client, cookie: Any, offset: int, length: int, keep: bool, fua: bool
+    ) -> None:
+        """Make a byte range read as zeros and, unless `keep`, give its space back."""
+        self.zeros_total += 1
+        if (offset | length) & _MASK:
+            pieces.zero_partial(self, client, cookie, offset, length, keep, fua)
+        elif self.locks.held and self.locks.blocks(
+            offset // BLOCK_BYTES, (offset + length) // BLOCK_BYTES
+        ):
+            self.locks.wait(
+                offset // BLOCK_BYTES,
+                (offset + length) // BLOCK_BYTES,
+                lambda: self.send_zero(client, cookie, offset, length, keep, fua),
+            )
+        else:
+            self.send_zero(client, cookie, offset, length, keep, fua)
+
+    def send_zero(
+        self, client: Client, cookie: Any, offset: int, length: int, keep: bool, fua: bool
+    ) -> None:
+        """Queue a ZERO of whole blocks on every target; the range is not locked by others."""
+        if length > pieces.ZERO_STEP_BYTES:
+            pieces.zero_long(self, client, cookie, offset, length, keep, fua)
+            return
+        self.sequence = sequence = self.sequence + 1
+        flags = wire.KEEP_ALLOCATED if keep else 0
+        message = wire.frame(wire.ZERO, sequence, length=length, offset=offset, flags=flags)
+        for queue in self._queues:
+            queue.append(message)
+        self.pending.append((sequence, client, cookie, fua))
+
+    def read(
+        self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
+    ) -> None:
+        """Read any byte range of the live volume or of a snapshot."""
+        self.reads_total += 1
+        self.read_bytes += length
+        if length > PIECE_BYTES_MAX:
+            pieces.read_long(self, client, cookie, offset, length, layer_id)
+            return
+        self.send_read((client, cookie, offset, length, layer_id, 0))
+
+    def send_read(self, request: ReadRequest) -> None:
+        """Queue a read on the member whose turn it is."""
+        readers = self.readers
+        if not readers:
+            request[0].done(request[1], errno.EIO)
+            return
+        link = readers[self._turn % len(readers)]
+        self.sequence = sequence = self.sequence + 1
+        link.reads[sequence] = request
+        offset = request[2]
+        first = offset & ~_MASK
+        stop = (offset + request[3] + _MASK) & ~_MASK
+        link.queue.append(wire.read_header(sequence, first, stop - first, request[4]))
+
+    def next_turn(self) -> None:
+        """The next batch of reads goes to the next member (one batch, one peer, one send)."""
+        self._turn += 1
+
+    def extents(
+        self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
+    ) -> None:
+        """Ask one member which blocks of a range hold data."""
+        if not self.readers:
+            client.done(cookie, errno.EIO)
+            return
+        first = offset & ~_MASK
+        stop = min((offset + length + _MASK) & ~_MASK, first + EXTENTS_BLOCKS_MAX * BLOCK_BYTES)
+        link = self.readers[self._turn % len(self.readers)]
+
+        def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+            if error is not None or payload is None:
+                if link.connected:
+                    client.done(cookie, errno.EIO)
+                else:  # the member went away: ask another one
+                    self.extents(client, cookie, offset, length, layer_id)
+                return
+            values = struct.unpack(f"<{len(payload) // 4}I", payload)
+            pairs = zip(values[::2], values[1::2], strict=True)
+            client.extents(cookie, [(count, bool(data)) for count, data in pairs])
+
+        self.call(
+            link,
+            wire.EXTENTS,
+            reply,
+            offset=first,
+            length=stop - first,
+            argument=layer_id,
+        )
+
+    def flush(self, client: Client, cookie: Any) -> None:
+        """Make every write answered so far durable on every target."""
+        self.flushes_total += 1
+        self._answer_after_flush(client, cookie)
+
+    def flush_then(self, done: Callable[[BlockdError | None], None]) -> None:
+        """Flush all targets, then `done(None)`, or `done(error)` if the last copy failed."""
+        if not self.readers:
+            done(StorageError("no replica in sync is reachable"))
+            return
+        flush = _Flush(set(self.targets), done)
+        self.flushes.append(flush)
+        for link in list(self.targets):
+            self.call(link, wire.FLUSH, lambda a, p, e, link=link: self._flushed(flush, link, e))
+
+    def _flushed(self, flush: _Flush, link: Link, error: BlockdError | None) -> None:
+        if error is not None:
+            # Never retried and believed: the member goes OUT, which ends its part of the flush;
+            # the last one cannot go OUT, so its failure is the answer.
+            if link.connected:
+                self.fail(link, f"flush failed: {error}")
+            return
+        flush.waiting.discard(link)
+        self._finish_flush(flush)
+
+    def _finish_flush(self, flush: _Flush, error: BlockdError | None = None) -> None:
+        if flush in self.flushes and (error is not None or not flush.waiting):
+            self.flushes.remove(flush)
+            flush.done(error)
+
+    # ---- calls to one or all members ------------------------------------------------------
+
+    def call(
+        self,
+        link: Link,
+        operation: int,
+        reply: Reply,
+        *,
+        offset: int = 0,
+        length: int = 0,
+        argument: int = 0,
+        content: dict[str, Any] | None = None,
+        payload: Sequence[memoryview] = (),
+    ) -> None:
+        """Queue one request that is answered on its own; `length` as the operation defines it."""
+        if not link.connected:
+            reply(0, None, PeerError(f"replica {link.replica_uuid} is not connected"))
+            return
+        self.sequence += 1
+        link.calls[self.sequence] = reply
+        if content is not None:
+            link.queue.append(wire.json_frame(operation, self.sequence, content))
+            return
+        link.queue.append(
+            wire.frame(
+                operation,
+                self.sequence,
+                length=length,
+                offset=offset,
+                argument=argument,
+                payload_bytes=sum(map(len, payload)),
+            )
+        )
+        link.queue.extend(payload)
+
+    # ---- answers --------------------------------------------------------------------------
+
+    def received(self, link: Link, frames: list[wire.Frame]) -> None:
+        """Handle one batch of frames from a member."""
+        link.progress_at = self.now()
+        reads = link.reads
+        for operation, _, length, _, sequence, argument, payload in frames:
+            if operation == wire.DATA:
+                request = reads.pop(sequence, None)
+                if request is None or payload is None:
+                    raise wire.WireError(f"an answer to a read never asked (sequence {sequence})")
+                link.reads_total += 1
+                self._read_done(link, request, length, payload)
+            elif operation == wire.APPLIED:
+                if not link.applied <= sequence <= self.sequence:
+                    raise wire.WireError(f"applied sequence {sequence} is out of order")
+                link.applied = sequence
+            elif operation == wire.REFUSED:
+                self._refused(link, sequence, argument, payload)
+            else:
+                reply = link.calls.pop(sequence, None)
+                if reply is None:
+                    raise wire.WireError(f"an answer to nothing asked (sequence {sequence})")
+                reply(argument, payload, None)
+        self.advance()
+
+    def _read_done(
+        self, link: Link, request: ReadRequest, length: int, payload: memoryview
+    ) -> None:
+        client, cookie, offset, wanted, _, _ = request
+        if len(payload) == BLOCK_BYTES + 4 and wanted == BLOCK_BYTES == length:
+            data = payload[4:]
+            if _U32.unpack_from(payload)[0] == block_checksum(data):
+                client.data(cookie, offset, [(BLOCK_BYTES, data)])
+                return
+            chunks = None
+        else:
+            chunks = data_chunks(length, payload)
+        if chunks is None:
+            self.checksum_errors += 1
+            link.errors += 1
+            self._read_elsewhere(link, request)
+            return
+        lead = offset & _MASK
+        if lead or wanted != length:
+            chunks = clip(chunks, lead, wanted)
+        client.data(cookie, offset, chunks)
+
+    def _read_elsewhere(self, link: Link, request: ReadRequest) -> None:
+        """Wrong or no data from one member: ask each other one once, then give up with EIO."""
+        client, cookie, offset, length, layer_id, tried = request
+        others = [reader for reader in self.readers if reader is not link]
+        if not others or tried + 1 >= len(self.links):
+            client.done(cookie, errno.EIO)
+            return
+        self._turn = self.readers.index(others[tried % len(others)])
+        self.send_read((client, cookie, offset, length, layer_id, tried + 1))
+
+    def _refused(
+        self, link: Link, sequence: int, code: int, payload: memoryview | None
+    ) -> None:
+        content = wire.json_content(payload)
+        request = link.reads.pop(sequence, None)
+        if request is not None:
+            link.errors += 1
+            self._read_elsewhere(link, request)
+            return
+        reply = link.calls.pop(sequence, None)
+        if reply is not None:
+            error = from_code(str(content.get("code")), str(content.get("message")))
+            error.errno = code or errno.EIO
+            reply(0, None, error)
+            return
+        link.errors += 1
+        link.refused[sequence] = code or errno.EIO
+        if code != errno.ENOSPC:
+            self.fail(link, f"write refused: {content.get('message')}")
+
+    def advance(self) -> None:
+        """Answer every write that all targets answered."""
+        pending = self.pending
+        if not pending or not self.targets:
+            return
+        applied = min([link.applied for link in self.targets])
+        while pending and pending[0][0] <= applied:
+            if any(link.refused for link in self.targets) and not self._settle_refusal():
+                return
+            if not pending:
+                return
+            _, client, cookie, fua = pending.popleft()
+            if fua:
+                self._answer_after_flush(client, cookie)
+            else:
+                client.done(cookie, 0)
+
+    def _answer_after_flush(self, client: Client, cookie: Any) -> None:
+        self.flush_then(lambda error: client.done(cookie, error.errno if error else 0))
+
+    def _settle_refusal(self) -> bool:
+        """The oldest write was answered by all, perhaps with ENOSPC by some; may we go on?
+
+        A replica applies a write wholly or not at all, so if all refused it nothing changed and
+        the client gets the error. If only some did, those are behind and go OUT first.
+        """
+        sequence, client, cookie, _ = self.pending[0]
+        refusers = [link for link in self.targets if sequence in link.refused]
+        if not refusers:
+            return True
+        in_sync = [link for link in self.targets if link.state == IN_SYNC]
+        if any(link not in refusers for link in in_sync):
+            for link in refusers:
+                self.fail(link, "out of space")
+            return False
+        self.pending.popleft()
+        for link in refusers:
+            code = link.refused.pop(sequence)
+            if link.state != IN_SYNC:
+                self.fail(link, "out of space")
+        client.done(cookie, code)
+        return not self.pending or self.pending[0][0] <= min(
+            link.applied for link in self.targets
+        )
+
+    # ---- members --------------------------------------------------------------------------
+
+    def fail(self, link: Link, reason: str) -> None:
+        """A member broke, refused a write or went away."""
+        membership.fail(self, link, reason)
+
+    def set_members(self, targets: list[Link], readers: list[Link]) -> None:
+        """Who gets writes and who may be read, from the next request on."""
+        self.targets = targets
+        self.readers = readers
+        self._queues = [link.queue for link in targets]
+        for flush in list(self.flushes):
+            flush.waiting.intersection_update(targets)
+            self._finish_flush(flush)
+        self.advance()
+        self.on_members()
+
+    def fail_all(self, code: int) -> None:
+        """The last copy is gone: answer everything outstanding with `code`."""
+        pending = list(self.pending)
+        self.pending.clear()
+        for _, client, cookie, _ in pending:
+            client.done(cookie, code)
+        for flush in list(self.flushes):
+            self._finish_flush(flush, StorageError("the last replica in sync is gone"))
+
+
+class _Flush:
+    """One FLUSH and the targets that have not done it yet."""
+
+    __slots__ = ("done", "waiting")
+
+    def __init__(self, waiting: set[Link], done: Callable[[BlockdError | None], None]) -> None:
+        self.waiting = waiting
+        self.done = done
+
+
+def data_chunks(length: int, payload: memoryview) -> Chunks | None:
+    """The chunks of a DATA payload about `length` bytes; None if a block's checksum is wrong."""
+    count = length // BLOCK_BYTES
+    entries = struct.unpack_from(f"<{count}I", payload)
+    position = 4 * count
+    chunks: Chunks = []
+    index = 0
+    while index < count:
+        zeros = entries[index] <= ZEROS
+        first = index
+        start = position
+        while index < count and (entries[index] <= ZEROS) == zeros:
+            if not zeros:
+                block = payload[position : position + BLOCK_BYTES]
+                if len(block) != BLOCK_BYTES or block_checksum(block) != entries[index]:
+                    return None
+                position += BLOCK_BYTES
+            index += 1
+        chunks.append(((index - first) * BLOCK_BYTES, None if zeros else payload[start:position]))
+    return chunks
+
+
+def clip(chunks: Chunks, lead: int, wanted: int) -> Chunks:
+    """`wanted` bytes of the chunks, after the first `lead` ones."""
+    clipped: Chunks = []
+    for count, data in chunks:
+        if lead >= count:
+            lead -= count
+            continue
+        take = min(count - lead, wanted)
+        clipped.append((take, None if data is None else data[lead : lead + take]))
+        wanted -= take
+        lead = 0
+        if not wanted:
+            break
+    return clipped

@@ -1,0 +1,110 @@
+"""Changes of a volume's record, one after the other, off the loop.
+
+The engine asks for a change as a function from the newest record to the next one. The ledger
+applies it by compare-and-swap, repeats it on a newer record if somebody else changed something
+else in between, and waits while the authority is away: everything that depends on the change
+stays held meanwhile. A record with another epoch means that another volume daemon owns the
+volume: the ledger calls `fenced` and does nothing more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from protocol.errors import BlockdError, ConflictError, NotFoundError, StorageError
+from replication.authority import Authority, Record
+
+RETRY_SECONDS = 1.0  # between attempts while the authority is away
+
+Change = Callable[[Record], Record]
+Done = Callable[[BlockdError | None], None]
+
+
+class Clock(Protocol):
+    """What the ledger needs of the loop."""
+
+    def in_thread(
+        self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None: ...
+
+    def later(self, delay_seconds: float, call: Callable[[], None]) -> Any: ...
+
+
+class Ledger:
+    """The newest record and the queue of changes to it."""
+
+    def __init__(
+        self,
+        authority: Authority,
+        record: Record,
+        clock: Clock,
+        fenced: Callable[[str], None],
+    ) -> None:
+        self.record = record
+        self.held: str | None = None
+        self._authority = authority
+        self._clock = clock
+        self._fenced = fenced
+        self._queue: deque[tuple[Change, Done]] = deque()
+        self._running = False
+
+    def change(self, change: Change, done: Done) -> None:
+        """Apply `change`, then `done(None)`; `done(error)` if the change itself raised."""
+        self._queue.append((change, done))
+        if not self._running:
+            self._next()
+
+    def _next(self) -> None:
+        self._running = bool(self._queue)
+        if not self._running:
+            return
+        change, done = self._queue[0]
+        try:
+            wanted = change(self.record)
+        except BlockdError as error:
+            self._queue.popleft()
+            done(error)
+            self._next()
+            return
+        self._clock.in_thread(lambda: self._swap(wanted), self._swapped)
+
+    def _swap(self, wanted: Record) -> Record | None:
+        """In a thread: the stored record, or None if a newer one has to be looked at first."""
+        try:
+            return self._authority.swap(wanted)
+        except ConflictError:
+            newest = self._authority.load(wanted.volume_uuid)
+            if newest is None:
+                raise NotFoundError(
+                    f"volume {wanted.volume_name} was deleted by somebody else"
+                ) from None
+            if newest.epoch != wanted.epoch:
+                raise _Fenced(
+                    f"volume {wanted.volume_name} was opened by another volume daemon (epoch "
+                    f"{newest.epoch}, ours is {wanted.epoch}); this one stops"
+                ) from None
+            self.record = newest
+            return None
+
+    def _swapped(self, record: Record | None, error: BaseException | None) -> None:
+        if isinstance(error, StorageError):
+            self.held = str(error)
+            self._clock.later(RETRY_SECONDS, self._next)
+            return
+        if isinstance(error, (_Fenced, NotFoundError)):
+            self._fenced(str(error))
+            return
+        if error is not None:
+            raise error
+        self.held = None
+        if record is not None:
+            self.record = record
+            _, done = self._queue.popleft()
+            done(None)
+        self._next()
+
+
+class _Fenced(ConflictError):
+    """Another owner raised the epoch."""
