@@ -112,10 +112,11 @@ def match_list(contexts: Sequence[str], queries: Sequence[str]) -> list[str]:
     """The contexts a LIST query names: all without a query, "namespace:" for all of its own."""
     if not queries:
         return list(contexts)
+    asked = set(queries)
     return [
         context
         for context in contexts
-        if context in queries or context.partition(":")[0] + ":" in queries
+        if context in asked or context.partition(":")[0] + ":" in asked
     ]
 
 
@@ -124,8 +125,9 @@ def match_set(contexts: Sequence[str], queries: Sequence[str]) -> tuple[tuple[in
 
     Identifiers count from 1, so that none looks like the reserved 0 of a listing.
     """
+    asked = set(queries)
     return tuple(
-        (number, context) for number, context in enumerate(contexts, 1) if context in queries
+        (number, context) for number, context in enumerate(contexts, 1) if context in asked
     )
 
 

@@ -67,7 +67,7 @@ class RequestParser:
         `view` is a view of `buffer`; payloads are slices of it.
         A WRITE above `maximum_payload` is skipped, needs no buffer, and appears (payload None)
         when its last byte has passed; `check` says EINVAL to it. Requests appended before a
-        ProtocolViolation is raised are good. Nothing after a DISC means anything.
+        ProtocolViolation is raised are good. The caller stops at a DISC and reads no further.
         """
         if self.draining_bytes:
             start = self._drain(start, end, requests)
