@@ -62,7 +62,11 @@ class Export:
 
 
 class ExportSource(Protocol):
-    """Where a handshake looks exports up; both calls are made while it runs, so no slow work."""
+    """Where a handshake looks exports up.
+
+    Both calls must be cheap: LIST finds every export. What an export needs (an open snapshot) is
+    prepared when a connection enters the transmission phase.
+    """
 
     def list(self) -> Sequence[str]:
         """The names of all exports."""

@@ -201,10 +201,12 @@ class Handshake:
         self._begin_transmission(export)
 
     def _list(self, data: bytes) -> None:
-        """LIST (3)"""
+        """LIST (3): an export that is gone by the time it is looked up is left out."""
         options.require_empty("LIST", data)
         for name in self._exports.list():
-            self._reply(c.REP_SERVER, options.server_data(name))
+            export = self._exports.find(name)
+            if export is not None:
+                self._reply(c.REP_SERVER, options.server_data(export))
         self._reply(c.REP_ACK)
 
     def _starttls(self, data: bytes) -> None:

@@ -147,10 +147,10 @@ def information(export: Export, flags: int, wanted: frozenset[int]) -> Iterator[
         )
 
 
-def server_data(name: str) -> bytes:
-    """Data of REP_SERVER: one export in a LIST."""
-    encoded = name.encode()
-    return _U32.pack(len(encoded)) + encoded
+def server_data(export: Export) -> bytes:
+    """Data of REP_SERVER: one export in a LIST, name and then description."""
+    name = export.name.encode()
+    return _U32.pack(len(name)) + name + export.description.encode()
 
 
 def context_data(identifier: int, name: str) -> bytes:

@@ -52,13 +52,18 @@ class Exports:
         return next((e for e in self.exports if e.name == (name or "vol")), None)
 
 
-class Server:
-    """One connection from the greeting to the end, over memory."""
+def new_disk() -> bytearray:
+    disk = bytearray(SIZE_BYTES)
+    disk[BLOCK_BYTES : 2 * BLOCK_BYTES] = b"\x5a" * BLOCK_BYTES
+    return disk
 
-    def __init__(self) -> None:
+
+class Server:
+    """One connection from the greeting to the end, over memory that connections may share."""
+
+    def __init__(self, disk: bytearray | None = None) -> None:
         self.handshake = Handshake(Exports())
-        self.disk = bytearray(SIZE_BYTES)
-        self.disk[BLOCK_BYTES : 2 * BLOCK_BYTES] = b"\x5a" * BLOCK_BYTES
+        self.disk = new_disk() if disk is None else disk
         self.parser: RequestParser | None = None
         self.pending = bytearray()
         self.closed = False

@@ -88,13 +88,23 @@ def test_a_lister_may_ask_four_options_for_each_of_255_exports() -> None:
     assert handshake.state == "negotiating"
 
 
+def test_an_export_that_vanishes_while_it_is_listed_is_left_out() -> None:
+    class Racing(Exports):
+        def list(self) -> list[str]:
+            return ["gone", *super().list()]
+
+    sent = Handshake(Racing()).receive(CLIENT_FLAGS + LIST)
+    assert b"gone" not in sent
+    assert sent == Handshake(Exports()).receive(CLIENT_FLAGS + LIST)
+
+
 def test_the_bytes_of_all_replies_are_bounded_so_a_client_that_never_reads_costs_little() -> None:
     class Long:
         def list(self) -> list[str]:
             return ["n" * 4000] * 255
 
-        def find(self, name: str) -> None:
-            return None
+        def find(self, name: str) -> Export:
+            return Export(name, 0)
 
     handshake = Handshake(Long())
     with pytest.raises(ProtocolViolation, match=str(c.HANDSHAKE_REPLY_BYTES_MAX)):
