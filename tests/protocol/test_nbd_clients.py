@@ -203,7 +203,9 @@ h.shutdown()
 def run_libnbd(host: Host, script: str) -> None:
     """Run a script with `h`, a libnbd handle; its module belongs to the system's Python."""
     python = "/usr/bin/python3"
-    if not Path(python).exists() or subprocess.call([python, "-c", "import nbd"], stderr=-3):
+    if not Path(python).exists() or subprocess.call(
+        [python, "-c", "import nbd"], stderr=subprocess.DEVNULL
+    ):
         pytest.skip("libnbd for Python is not installed (Debian package python3-libnbd)")
     run(python, "-c", f"import nbd\nh = nbd.NBD()\nURI = {host.uri()!r}\n{script}")
 
