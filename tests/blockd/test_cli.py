@@ -64,17 +64,20 @@ def test_json_and_yaml_are_exactly_what_the_api_answered(node: FakeNode, run: Ru
     node.answer("GET", "/v1/volumes/data", view)
     code, printed, _ = run("volume", "show", "data", "-o", "json")
     assert (code, json.loads(printed)) == (0, view)
+    assert "größer" in printed
     code, printed, _ = run("volume", "show", "data", "-o", "yaml")
     assert (code, yaml.safe_load(printed)) == (0, view)
+    assert "größer" in printed
 
 
 def test_a_table_in_a_pipe_is_neither_cut_off_nor_padded(node: FakeNode, run: Run) -> None:
     path = "/var/lib/" + "x" * 150
     replica = {**volume_view()["replicas"][0], "path": path}
-    node.answer("GET", "/v1/volumes/data/replicas", [replica])
+    node.answer("GET", "/v1/volumes/data/replicas", [replica, volume_view()["replicas"][1]])
     code, printed, _ = run("replica", "ls", "data")
     assert code == 0
-    heading, line = printed.splitlines()
+    heading, line, other = printed.splitlines()
+    assert [heading, line, other] == [heading.rstrip(), line.rstrip(), other.rstrip()]
     assert heading.split() == ["ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"]
     assert line.endswith(path)
     assert line.split()[:2] == [replica["id"], "IN_SYNC"]

@@ -19,6 +19,7 @@ from tests.blockd.cli_fake_node import FakeNode, replica_view, serving_unix, vol
 
 FIRST = "3f2a9c10-0000-4000-8000-000000000001"
 SECOND = "3f2b77de-0000-4000-8000-000000000002"
+REBUILD = ("replica", "rebuild", "data", "--timeout", "5")  # ends even if the command is wrong
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,7 +57,7 @@ def views(*states: str, health: str = "degraded") -> list[dict[str, Any]]:
 def test_a_rebuild_waits_until_the_replica_is_in_sync(node: FakeNode, run: Run) -> None:
     steps = views("OUT", "OUT", "SYNCING", "SYNCING", "IN_SYNC")
     node.answer("GET", "/v1/volumes/data", *steps)
-    code, printed, _ = run("replica", "rebuild", "data", "-o", "json")
+    code, printed, _ = run(*REBUILD, "-o", "json")
     assert code == 0
     assert [replica["state"] for replica in json.loads(printed)] == ["IN_SYNC", "IN_SYNC"]
     assert [asked.body for asked in node.changes()] == [{}]
@@ -65,7 +66,7 @@ def test_a_rebuild_waits_until_the_replica_is_in_sync(node: FakeNode, run: Run) 
 
 def test_a_rebuild_that_falls_back_ends_degraded(node: FakeNode, run: Run) -> None:
     node.answer("GET", "/v1/volumes/data", *views("OUT", "SYNCING", "OUT"))
-    code, printed, complaint = run("replica", "rebuild", "data")
+    code, printed, complaint = run(*REBUILD)
     assert (code, printed) == (6, "")
     assert complaint.startswith(f"blockd: rebuild of replica {SECOND} of volume data stopped")
     assert "disk says no" in complaint
@@ -76,7 +77,7 @@ def test_a_rebuild_that_never_starts_ends_degraded(
 ) -> None:
     monkeypatch.setattr(replica_commands, "START_SECONDS", 0.0)
     node.answer("GET", "/v1/volumes/data", *views("OUT"))
-    code, _, complaint = run("replica", "rebuild", "data")
+    code, _, complaint = run(*REBUILD)
     assert code == 6
     assert "did not start" in complaint
 
@@ -84,7 +85,7 @@ def test_a_rebuild_that_never_starts_ends_degraded(
 def test_a_replica_removed_meanwhile_ends_the_wait(node: FakeNode, run: Run) -> None:
     gone = volume_view(replicas=[replica_view(FIRST)])
     node.answer("GET", "/v1/volumes/data", *views("OUT", "SYNCING"), gone)
-    code, _, complaint = run("replica", "rebuild", "data")
+    code, _, complaint = run(*REBUILD)
     assert code == 6
     assert "it is gone" in complaint
 
@@ -104,7 +105,7 @@ def test_a_rebuild_without_waiting_returns_at_once(node: FakeNode, run: Run) -> 
 
 def test_nothing_is_asked_for_when_all_are_in_sync(node: FakeNode, run: Run) -> None:
     node.answer("GET", "/v1/volumes/data", *views("IN_SYNC"))
-    assert run("replica", "rebuild", "data")[0] == 0
+    assert run(*REBUILD)[0] == 0
     assert node.changes() == []
 
 
@@ -112,7 +113,7 @@ def test_only_the_replica_asked_for_is_rebuilt(node: FakeNode, run: Run) -> None
     out = [replica_view(FIRST, "OUT"), replica_view(SECOND, "OUT")]
     done = [replica_view(FIRST, "OUT"), replica_view(SECOND)]
     node.answer("GET", "/v1/volumes/data", volume_view(replicas=out), volume_view(replicas=done))
-    assert run("replica", "rebuild", "data", "--replica", "3f2b")[0] == 0
+    assert run(*REBUILD, "--replica", "3f2b")[0] == 0
     assert [asked.body for asked in node.changes()] == [{"replica": SECOND}]
 
 
