@@ -138,34 +138,35 @@ def test_an_answer_of_the_wrong_shape_is_one_line(node: FakeNode, run: Run, answ
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "culprit"),
     [
-        ["volume"],
-        ["volume", "nonsense"],
-        ["volume", "create", "data"],
-        ["volume", "create", "data", "--size", "many"],
-        ["volume", "create", "data", "--size", "1000000000000T"],
-        ["volume", "create", "data", "--size", "1G", "--replicas", "0"],
-        ["volume", "create", "data", "--size", "1G", "--block-size", "1024"],
-        ["volume", "create", "data", "--size", "1G", "--label", "novalue"],
-        ["volume", "create", "Data!", "--size", "1G"],
-        ["volume", "show", "../status"],
-        ["volume", "attach", "data", "--frontend", "floppy"],
-        ["volume", "show", "data", "-o", "xml"],
-        ["snapshot", "create", "data"],
-        ["snapshot", "create", "data@"],
-        ["snapshot", "create", "@monday"],
-        ["snapshot", "create", "data@a@b"],
-        ["volume", "ls", "surplus"],
-        ["volume", "detach", "data", "--timeout", "-1"],
+        ("volume", "missing command"),
+        ("volume nonsense", "nonsense"),
+        ("volume create data", "--size"),
+        ("volume create data --size many", "many"),
+        ("volume create data --size 1000000000000T", "8 TiB"),
+        ("volume create data --size 1G --replicas 0", "--replicas"),
+        ("volume create data --size 1G --block-size 1024", "1024"),
+        ("volume create data --size 1G --label novalue", "novalue"),
+        ("volume create Data! --size 1G", "Data!"),
+        ("volume show ../status", "../status"),
+        ("volume attach data --frontend floppy", "floppy"),
+        ("volume show data -o xml", "xml"),
+        ("snapshot create data", "VOL@NAME"),
+        ("snapshot create data@", "data@"),
+        ("snapshot create @monday", "@monday"),
+        ("snapshot create data@a@b", "data@a@b"),
+        ("volume ls surplus", "surplus"),
+        ("volume detach data --timeout -1", "--timeout"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_never_reaches_the_service(
-    node: FakeNode, run: Run, arguments: list[str]
+    node: FakeNode, run: Run, arguments: str, culprit: str
 ) -> None:
-    code, printed, complaint = run(*arguments)
+    code, printed, complaint = run(*arguments.split())
     assert (code, printed) == (2, "")
     assert complaint.startswith("blockd: ")
+    assert culprit in complaint
     assert complaint.count("\n") == 1
     assert node.asked == []
 

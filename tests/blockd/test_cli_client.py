@@ -87,9 +87,10 @@ def test_a_service_that_never_answers_or_breaks_off_is_told_apart(
         thread.join(timeout=5)
 
 
-def test_a_daemon_never_loads_the_libraries_of_the_command_line() -> None:
+@pytest.mark.parametrize("kind", ["replica", "volume"])
+def test_a_daemon_never_loads_the_libraries_of_the_command_line(kind: str) -> None:
     probe = (
-        "import sys; sys.argv = ['blockd', 'daemon', '--help']\n"
+        f"import sys; sys.argv = ['blockd', 'daemon', '{kind}', '--help']\n"
         "from blockd.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

@@ -118,12 +118,14 @@ def test_only_the_replica_asked_for_is_rebuilt(node: FakeNode, run: Run) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("3f2", 2), ("3", 2), ("a91", 2), ("ffff", 3), ("3f2z", 3)]
+    ("text", "code"), [("3f2a", 2), ("3f2", 2), ("a91", 2), ("ffff", 3), ("3f2z", 3)]
 )
 def test_an_unclear_or_unknown_replica_is_never_removed(
     node: FakeNode, run: Run, text: str, code: int
 ) -> None:
-    node.answer("GET", "/v1/volumes/data", volume_view())
+    alike = replica_view(FIRST.replace("9c10", "77ff"))
+    view = volume_view(replicas=[*volume_view()["replicas"], alike])
+    node.answer("GET", "/v1/volumes/data", view)
     ended, _, complaint = run("replica", "rm", "data", text)
     assert ended == code
     assert "blockd replica ls data" in complaint
