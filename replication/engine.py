@@ -223,7 +223,13 @@ class Engine:
         flush = _Flush(set(self.targets), done)
         self.flushes.append(flush)
         for link in list(self.targets):
-            self.call(link, wire.FLUSH, lambda a, p, e, link=link: self._flushed(flush, link, e))
+            self._flush_one(flush, link)
+
+    def _flush_one(self, flush: _Flush, link: Link) -> None:
+        def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+            self._flushed(flush, link, error)
+
+        self.call(link, wire.FLUSH, reply)
 
     def _flushed(self, flush: _Flush, link: Link, error: BlockdError | None) -> None:
         if error is not None:
@@ -333,9 +339,7 @@ class Engine:
         self._turn = self.readers.index(others[tried % len(others)])
         self.send_read((client, cookie, offset, length, layer_id, tried + 1))
 
-    def _refused(
-        self, link: Link, sequence: int, code: int, payload: memoryview | None
-    ) -> None:
+    def _refused(self, link: Link, sequence: int, code: int, payload: memoryview | None) -> None:
         content = wire.json_content(payload)
         request = link.reads.pop(sequence, None)
         if request is not None:
@@ -394,9 +398,7 @@ class Engine:
             if link.state != IN_SYNC:
                 self.fail(link, "out of space")
         client.done(cookie, code)
-        return not self.pending or self.pending[0][0] <= min(
-            link.applied for link in self.targets
-        )
+        return not self.pending or self.pending[0][0] <= min(link.applied for link in self.targets)
 
     # ---- members --------------------------------------------------------------------------
 

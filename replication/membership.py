@@ -42,8 +42,7 @@ def fail(engine: Engine, link: Link, reason: str) -> None:
 
 def _others_in_sync(engine: Engine, link: Link) -> bool:
     return any(
-        other is not link and other.state == IN_SYNC and other.connected
-        for other in engine.targets
+        other is not link and other.state == IN_SYNC and other.connected for other in engine.targets
     )
 
 

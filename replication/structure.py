@@ -69,10 +69,14 @@ def control_all(engine: Engine, content: dict[str, Any], done: Done) -> None:
                 engine.fail(other, f"{content['do']} failed: {failure}")
         done(None)
 
+    def ask(link: Link) -> None:
+        def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+            answered(link, error)
+
+        engine.call(link, wire.CONTROL, reply, content=content)
+
     for link in targets:
-        engine.call(
-            link, wire.CONTROL, lambda a, p, e, link=link: answered(link, e), content=content
-        )
+        ask(link)
 
 
 class Structure:

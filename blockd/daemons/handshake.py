@@ -1,0 +1,88 @@
+"""Opening a session with a replica daemon: connect, HELLO, PROVE, FENCE, in a blocking way.
+
+Done before the loop runs or in a worker thread; the socket then becomes non-blocking and belongs
+to the loop. Both sides prove that they know the volume's key (HMAC over both nonces), so a
+foreign process on the network can neither serve nor read a volume.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+from typing import Any
+
+from blockd.daemons import addresses
+from protocol import replica as wire
+from protocol.errors import BlockdError, PeerError, from_code
+
+TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
+
+
+class Session:
+    """A connected, proven session; `hello` is what the replica said of itself."""
+
+    def __init__(self, address: str, volume_uuid: str, key: bytes) -> None:
+        self.address = address
+        self.socket = addresses.connect(address, TIMEOUT_SECONDS)
+        try:
+            self.hello = self._greet(volume_uuid, key)
+        except BlockdError:
+            self.socket.close()
+            raise
+
+    def _greet(self, volume_uuid: str, key: bytes) -> dict[str, Any]:
+        ours = secrets.token_hex(wire.NONCE_BYTES)
+        hello = self.ask(
+            wire.HELLO, {"versions": [wire.VERSION], "volume_uuid": volume_uuid, "nonce": ours}
+        )
+        theirs = str(hello.get("nonce"))
+        expected = wire.proof(key, "replica", ours, theirs, volume_uuid)
+        if not hmac.compare_digest(expected, str(hello.get("proof"))):
+            raise PeerError(
+                f"the replica at {self.address} does not know the key of this volume; "
+                "check --key-file on both sides"
+            )
+        self.ask(wire.PROVE, {"proof": wire.proof(key, "volume", theirs, ours, volume_uuid)})
+        return hello
+
+    def fence(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Promise an epoch: the replica drops older sessions and serves this one."""
+        try:
+            return self.ask(wire.FENCE, content)
+        except BlockdError:
+            self.socket.close()
+            raise
+
+    def ask(self, operation: int, content: dict[str, Any]) -> dict[str, Any]:
+        """One request and its answer; a refusal is raised as the error it names."""
+        try:
+            self.socket.sendall(wire.json_frame(operation, 0, content))
+            head = self._receive(wire.HEADER_BYTES)
+            total = wire.needed(memoryview(head), 0, len(head))
+            wire.parse(head, memoryview(head), 0, len(head), [])
+            frames: list[wire.Frame] = []
+            message = head + self._receive(total - len(head))
+            wire.parse(message, memoryview(message), 0, len(message), frames)
+        except OSError as error:
+            raise PeerError(f"the replica at {self.address} went away: {error}") from None
+        answer, _, _, _, _, _, payload = frames[0]
+        content = wire.json_content(payload)
+        if answer == wire.REFUSED:
+            raise from_code(str(content.get("code")), str(content.get("message")))
+        return content
+
+    def _receive(self, count: int) -> bytearray:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            received = self.socket.recv_into(view)
+            if not received:
+                raise PeerError(f"the replica at {self.address} closed the connection")
+            view = view[received:]
+        return data
+
+    def detach(self) -> socket.socket:
+        """The socket, non-blocking, for the loop."""
+        self.socket.setblocking(False)
+        return self.socket

@@ -1,0 +1,337 @@
+"""NBD connections of a volume daemon: bytes to engine requests, engine answers to bytes.
+
+The hot path of the front end. A batch is everything one `recv` brought; the engine queues its
+requests on the members, the owner sends them, and answers leave in one `sendmsg` when the members
+have answered. Payloads are slices of the receive buffer and of the members' receive buffers.
+
+Invariants:
+- every request is answered exactly once, with its own cookie, while the connection lives
+- a slice of the receive buffer is handed on only until the batch ends; if a member has not taken
+  it by then, the buffer is left to it and the connection goes on in a fresh one
+- a client that does not read its answers is not read from
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from blockd.daemons import addresses, process
+from blockd.loop import HANGUP, READ, WRITE, Timer
+from protocol.errors import PeerError
+from protocol.nbd import constants as nbd
+from protocol.nbd import replies, requests
+from protocol.nbd.exports import Export
+from protocol.nbd.handshake import TRANSMISSION, Handshake
+from protocol.streams import Inbox, Outbox
+from protocol.units import BLOCK_BYTES
+
+if TYPE_CHECKING:
+    from blockd.daemons.volume import VolumeDaemon
+    from replication.engine import Chunks
+
+_MASK = BLOCK_BYTES - 1
+_ZERO = memoryview(bytes(1 << 20))  # what holes look like to clients without structured replies
+
+
+class NbdServer:
+    """One listening address."""
+
+    def __init__(self, daemon: VolumeDaemon, address: str) -> None:
+        self._daemon = daemon
+        self.socket, self.address = addresses.listen(address)
+        daemon.loop.register(self.socket.fileno(), READ, self._accept)
+
+    def _accept(self, events: int) -> None:
+        try:
+            sock, _ = self.socket.accept()
+        except OSError:
+            return
+        if len(self._daemon.connections) >= nbd.CONNECTIONS_MAX:
+            process.log(f"refused an NBD client: {nbd.CONNECTIONS_MAX} are connected already")
+            sock.close()
+            return
+        sock.setblocking(False)
+        addresses.tune(sock)
+        self._daemon.connections.append(NbdConnection(self._daemon, sock))
+
+    def close(self) -> None:
+        """Stop listening; a unix socket file goes away."""
+        self._daemon.loop.unregister(self.socket.fileno())
+        name = self.socket.getsockname()
+        self.socket.close()
+        if isinstance(name, str):
+            addresses.remove(name)
+
+
+class NbdConnection:
+    """One client; also the engine's `Client`."""
+
+    def __init__(self, daemon: VolumeDaemon, sock: socket.socket) -> None:
+        self._daemon = daemon
+        self._engine = daemon.engine
+        self._socket: socket.socket | None = sock
+        self._inbox = Inbox()
+        self._parser = requests.RequestParser()
+        self.outbox = Outbox()
+        self._queue = self.outbox.queue
+        self._handshake = Handshake(daemon)
+        self._transmission = False
+        self._structured = False
+        self._blocked = False
+        self._leaving = False
+        self._under_way = 0
+        self.export: Export | None = None
+        self.layer_id = 0
+        self._size_bytes = 0
+        self._deadline: Timer | None = daemon.loop.later(
+            nbd.HANDSHAKE_DEADLINE_SECONDS, self._too_slow
+        )
+        self._queue.append(self._handshake.greeting)
+        daemon.loop.register(sock.fileno(), READ, self._ready)
+        self.flush()
+
+    # ---- socket ---------------------------------------------------------------------------
+
+    def _ready(self, events: int) -> None:
+        sock = self._socket
+        if sock is None:
+            return
+        if self._blocked:
+            if events & HANGUP:
+                self.close("the client went away")
+            else:
+                self.flush()
+            return
+        try:
+            count = self._inbox.receive(sock.recv_into)
+        except OSError as error:
+            self.close(f"connection lost: {error.strerror}")
+            return
+        if count == 0:
+            self.close("the client closed the connection")
+        elif count > 0:
+            self._received()
+
+    def _received(self) -> None:
+        try:
+            if self._transmission:
+                self._requests()
+            else:
+                self._negotiate()
+        except PeerError as error:
+            self.flush()
+            self.close(str(error))
+
+    def flush(self) -> bool:
+        """Send what is answered; True if all of it left."""
+        sock = self._socket
+        if sock is None:
+            return True
+        try:
+            sent = self.outbox.flush(sock.sendmsg)
+        except OSError as error:
+            self.close(f"connection lost: {error.strerror}")
+            return True
+        if sent == self._blocked:
+            self._blocked = not sent
+            self._daemon.loop.modify(sock.fileno(), READ if sent else WRITE)
+        if sent and self._leaving and not self._under_way:
+            self.close("the client said goodbye")
+        return sent
+
+    def close(self, reason: str) -> None:
+        """End the connection; answers still to come are dropped."""
+        if self._socket is None:
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._daemon.loop.unregister(self._socket.fileno())
+        self._socket.close()
+        self._socket = None
+        self._daemon.connection_closed(self, reason)
+
+    # ---- handshake ------------------------------------------------------------------------
+
+    def _too_slow(self) -> None:
+        self.close(f"no export was chosen within {nbd.HANDSHAKE_DEADLINE_SECONDS} s")
+
+    def _negotiate(self) -> None:
+        inbox, handshake = self._inbox, self._handshake
+        data = inbox.view[inbox.start : inbox.end]
+        inbox.take(inbox.end)
+        answer = handshake.receive(data)
+        if answer:
+            self._queue.append(answer)
+        if handshake.state == TRANSMISSION:
+            assert handshake.export is not None
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self.export = handshake.export
+            self._size_bytes = handshake.export.size_bytes
+            self.layer_id = self._daemon.layer_of(handshake.export.name)
+            self._structured = handshake.structured_replies
+            self._transmission = True
+            rest = handshake.leftover
+            inbox.reserve(len(rest))
+            inbox.buffer[: len(rest)] = rest
+            inbox.start, inbox.end = 0, len(rest)
+            self.flush()
+            self._requests()
+        elif self.flush() and handshake.state == "closed":
+            self.close("the client ended the handshake")
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def _requests(self) -> None:
+        inbox = self._inbox
+        batch: list[requests.Request] = []
+        try:
+            start = self._parser.parse(inbox.buffer, inbox.view, inbox.start, inbox.end, batch)
+        finally:
+            self._run(batch)
+        inbox.take(start, pinned=not self._daemon.send_to_members())
+        if inbox.end > inbox.start:
+            inbox.reserve(self._parser.needed(inbox.view, inbox.start, inbox.end))
+        if self._queue:
+            self.flush()
+        if self._daemon.congested and not self._blocked and self._socket is not None:
+            self._daemon.loop.modify(self._socket.fileno(), 0)
+            self._daemon.waiting.append(self)
+
+    def resume(self) -> None:
+        """The members took what was waiting for them: read on."""
+        if self._socket is not None and not self._blocked:
+            self._daemon.loop.modify(self._socket.fileno(), READ)
+
+    def _run(self, batch: list[requests.Request]) -> None:
+        engine, size, layer_id = self._engine, self._size_bytes, self.layer_id
+        if self._leaving:
+            return  # what follows a DISC means nothing
+        engine.next_turn()
+        for request in batch:
+            self._under_way += 1
+            command, flags, cookie, offset, length, payload = request
+            if (
+                flags == 0
+                and command <= 1
+                and 0 < length <= 1 << 20
+                and offset + length <= size
+                and not (command and layer_id)
+            ):
+                if command == 0:
+                    engine.read(self, (cookie, 0, False), offset, length, layer_id)
+                else:
+                    engine.write(self, (cookie, 1), offset, payload, False)  # type: ignore[arg-type]
+            else:
+                self._run_other(request)
+                if self._leaving:
+                    break
+
+    def _run_other(self, request: requests.Request) -> None:
+        command, flags, cookie, offset, length, payload = request
+        export = self.export
+        assert export is not None
+        contexts = self._handshake.contexts
+        tag = (cookie, command)
+        code = requests.check(command, flags, offset, length, export, self._structured, contexts)
+        if self._daemon.stopping and command != nbd.CMD_DISC:
+            code = nbd.ESHUTDOWN
+        if code:
+            self._refuse(cookie, code, requests.describe(command, flags, offset, length, export))
+        elif command == nbd.CMD_DISC:
+            self._under_way -= 1
+            self._leaving = True
+        elif command == nbd.CMD_FLUSH:
+            self._engine.flush(self, tag)
+        elif not length or command == nbd.CMD_CACHE:
+            self.done(tag, 0)
+        elif command == nbd.CMD_READ:
+            whole = bool(flags & nbd.CMD_FLAG_DF)
+            self._engine.read(self, (cookie, command, whole), offset, length, self.layer_id)
+        elif command == nbd.CMD_BLOCK_STATUS:
+            one = bool(flags & nbd.CMD_FLAG_REQ_ONE)
+            self._engine.extents(
+                self, (cookie, command, offset, length, one), offset, length, self.layer_id
+            )
+        elif command == nbd.CMD_WRITE:
+            assert payload is not None
+            self._engine.write(self, tag, offset, payload, bool(flags & nbd.CMD_FLAG_FUA))
+        else:
+            keep = bool(flags & nbd.CMD_FLAG_NO_HOLE)
+            fua = bool(flags & nbd.CMD_FLAG_FUA)
+            self._engine.zero(self, tag, offset, length, keep, fua)
+
+    def _refuse(self, cookie: int, code: int, message: str) -> None:
+        self._under_way -= 1
+        self._queue.append(replies.error_reply(cookie, code, self._structured, message))
+
+    # ---- answers (the engine calls these) ---------------------------------------------------
+
+    def done(self, cookie: Any, error: int) -> None:
+        self._under_way -= 1
+        handle = cookie[0]
+        if error:
+            code = replies.error_of(error)
+            self._queue.append(replies.error_reply(handle, code, self._structured))
+        elif cookie[1] == nbd.CMD_READ and self._structured:
+            self._queue.append(replies.done_chunk(handle))
+        else:
+            self._queue.append(replies.simple_reply(handle))
+
+    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+        self._under_way -= 1
+        handle = cookie[0]
+        queue = self._queue
+        if not self._structured:
+            queue.append(replies.simple_reply(handle))
+            self._plain(chunks)
+            return
+        if len(chunks) == 1 and chunks[0][1] is not None:
+            queue.append(replies.data_chunk(handle, offset, chunks[0][0]))
+            queue.append(chunks[0][1])
+            return
+        if cookie[2]:  # DF: one chunk, holes written out
+            queue.append(replies.data_chunk(handle, offset, sum(count for count, _ in chunks)))
+            self._plain(chunks)
+            return
+        last = len(chunks) - 1
+        for index, (count, data) in enumerate(chunks):
+            if data is None:
+                queue.append(replies.hole_chunk(handle, offset, count, done=index == last))
+            else:
+                queue.append(replies.data_chunk(handle, offset, count, done=index == last))
+                queue.append(data)
+            offset += count
+
+    def _plain(self, chunks: Chunks) -> None:
+        """The data of a read with its holes written out."""
+        for count, data in chunks:
+            if data is not None:
+                self._queue.append(data)
+                continue
+            while count:
+                part = min(count, len(_ZERO))
+                self._queue.append(_ZERO[:part])
+                count -= part
+
+    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
+        self._under_way -= 1
+        handle, _, offset, length, one = cookie
+        lead = offset & _MASK
+        extents: list[tuple[int, int]] = []
+        for blocks, has_data in runs:
+            count = min(blocks * BLOCK_BYTES - lead, length)
+            lead = 0
+            extents.append((count, 0 if has_data else nbd.STATE_HOLE | nbd.STATE_ZERO))
+            length -= count
+            if one or not length:
+                break
+        contexts = self._handshake.contexts
+        for index, (context_id, _) in enumerate(contexts):
+            self._queue.append(
+                replies.block_status_chunk(
+                    handle, context_id, extents[: nbd.EXTENTS_MAX], index == len(contexts) - 1
+                )
+            )

@@ -1,0 +1,306 @@
+"""Opening a volume: who is in sync, and a new epoch that everybody has promised.
+
+Order, and what a death after each step leaves (replication rules 1, 6, 7, 11):
+
+1. Load or create the record.                 Nothing changed, or a record of equal blank replicas.
+2. Introduce ourselves to every replica.      Nothing changed.
+3. Swap epoch + 1, clean = false.             The next open takes a higher one.
+4. FENCE every reachable member.              Older owners cannot write any more.
+5. Compare, finish what was half done.        Repeated by the next open.
+6. Swap the members that are not equal OUT.   Now requests may be answered.
+
+After a clean end all IN_SYNC members are equal. After anything else they may differ in writes that
+were under way; they are equal all the same if every replica process lived on and applied the
+same last sequence. Otherwise one of them is the truth and the others are OUT until rebuilt.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from blockd.daemons.handshake import Session
+from protocol import replica as wire
+from protocol.errors import ConflictError, DegradedError, PeerError, StateError
+from replication.authority import IN_SYNC, OUT, Authority, LayerRecord, Member, Record
+from replication.structure import drop_layers
+
+WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
+RETRY_SECONDS = 0.2
+
+Log = Callable[[str], None]
+
+
+@dataclass
+class Opened:
+    """The outcome: the record as it is now, and the fenced sessions by replica uuid."""
+
+    record: Record
+    sessions: dict[str, Session]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asked for."""
+
+    name: str
+    volume_uuid: str
+    addresses: tuple[str, ...]
+    key: bytes
+
+
+def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
+    """Steps 1 to 6; blocking; raises the error that says why the volume cannot be opened."""
+    found = (
+        authority.load(wanted.volume_uuid) if wanted.volume_uuid else authority.find(wanted.name)
+    )
+    volume_uuid = found.volume_uuid if found else wanted.volume_uuid or str(uuid.uuid4())
+    sessions = _introduce(wanted, volume_uuid, found, log)
+    record = found or _create(authority, wanted, volume_uuid, sessions)
+    _check_members(record, sessions)
+    was_clean = record.clean
+    record = _with_addresses(record, sessions)
+    record = authority.swap(replace(record, epoch=record.epoch + 1, clean=False))
+    promised = _fence(record, sessions, log)
+    equal = _equal_members(record, promised, was_clean, log)
+    record = _finish_structure(record, sessions, promised, equal, log)
+    for replica_uuid, member in record.members.items():
+        if member.state != OUT and replica_uuid not in equal:
+            log(f"replica {replica_uuid} is not known to be equal: OUT until rebuilt")
+            record = record.with_state(replica_uuid, OUT)
+    return Opened(authority.swap(record), sessions)
+
+
+def _introduce(
+    wanted: Wanted, volume_uuid: str, found: Record | None, log: Log
+) -> dict[str, Session]:
+    """Sessions with all replicas that answer; waits a while for those that do not."""
+    sessions: dict[str, Session] = {}
+    left = dict.fromkeys(wanted.addresses)
+    deadline = time.monotonic() + WAIT_SECONDS
+    error: PeerError | None = None
+    while left:
+        for address in list(left):
+            try:
+                session = Session(address, volume_uuid, wanted.key)
+            except PeerError as failure:
+                error = failure
+                continue
+            del left[address]
+            replica_uuid = str(session.hello["replica_uuid"])
+            if replica_uuid in sessions:
+                raise ConflictError(f"replica {replica_uuid} was named twice ({address})")
+            sessions[replica_uuid] = session
+        enough = found is not None and all(
+            uuid in sessions for uuid, member in found.members.items() if member.state == IN_SYNC
+        )
+        if not left or enough or time.monotonic() > deadline:
+            break
+        time.sleep(RETRY_SECONDS)
+    for address in left:
+        log(f"replica at {address} does not answer: {error}")
+    if left and found is None:
+        raise DegradedError(
+            f"a new volume needs all its replicas; no answer at {', '.join(left)}: {error}"
+        )
+    return sessions
+
+
+def _create(
+    authority: Authority, wanted: Wanted, volume_uuid: str, sessions: dict[str, Session]
+) -> Record:
+    """The first record of a volume opened by hand: all replicas blank and of one size."""
+    if not sessions:
+        raise DegradedError(f"volume {wanted.name} has no replica; name some with --replica")
+    sizes = {session.hello["size_bytes"] for session in sessions.values()}
+    if len(sizes) > 1:
+        raise ConflictError(
+            f"the replicas of volume {wanted.name} have different sizes {sorted(sizes)}; "
+            "create them with one size"
+        )
+    for session in sessions.values():
+        hello = session.hello
+        if hello["volume_uuid"] and hello["promised_epoch"]:
+            raise ConflictError(
+                f"the replica at {session.address} holds data of volume {hello['volume_name']} "
+                "but the state file does not know it; use the state file it was written with"
+            )
+    return authority.create(
+        Record(
+            volume_uuid=volume_uuid,
+            volume_name=wanted.name,
+            size_bytes=sizes.pop(),
+            members={
+                replica_uuid: Member(IN_SYNC, session.address)
+                for replica_uuid, session in sessions.items()
+            },
+        )
+    )
+
+
+def _check_members(record: Record, sessions: dict[str, Session]) -> None:
+    for replica_uuid, session in list(sessions.items()):
+        hello = session.hello
+        if replica_uuid not in record.members:
+            raise ConflictError(
+                f"replica {replica_uuid} at {session.address} is no member of volume "
+                f"{record.volume_name}; add it with `blockd replica add`, or leave it out"
+            )
+        if hello["size_bytes"] != record.size_bytes:
+            raise ConflictError(
+                f"replica {replica_uuid} has {hello['size_bytes']} bytes, volume "
+                f"{record.volume_name} has {record.size_bytes}; remove this replica and add a new "
+                "one"
+            )
+        if hello["config_seq"] > record.config_seq or hello["promised_epoch"] > record.epoch:
+            raise ConflictError(
+                f"replica {replica_uuid} has seen epoch {hello['promised_epoch']} and "
+                f"configuration {hello['config_seq']}, the record of volume {record.volume_name} "
+                f"only {record.epoch} and {record.config_seq}: the record is older than the data; "
+                "restore the newest one"
+            )
+    if not any(
+        member.state == IN_SYNC and replica_uuid in sessions
+        for replica_uuid, member in record.members.items()
+    ):
+        states = ", ".join(
+            f"{uuid} {member.state} {'reachable' if uuid in sessions else 'unreachable'}"
+            for uuid, member in record.members.items()
+        )
+        raise DegradedError(
+            f"volume {record.volume_name} has no reachable replica in sync ({states}); start the "
+            "replica daemon of one that is IN_SYNC"
+        )
+
+
+def _with_addresses(record: Record, sessions: dict[str, Session]) -> Record:
+    members = dict(record.members)
+    for replica_uuid, session in sessions.items():
+        members[replica_uuid] = replace(members[replica_uuid], address=session.address)
+    return replace(record, members=members)
+
+
+def _fence(record: Record, sessions: dict[str, Session], log: Log) -> dict[str, dict[str, Any]]:
+    """What every fenced member says of itself after its older sessions ended."""
+    promised = {}
+    for replica_uuid, session in list(sessions.items()):
+        try:
+            promised[replica_uuid] = session.fence(fence_content(record))
+        except PeerError as error:
+            log(f"replica {replica_uuid} was lost while it was fenced: {error}")
+            del sessions[replica_uuid]
+    return promised
+
+
+def fence_content(record: Record) -> dict[str, Any]:
+    """The FENCE request of the record's epoch."""
+    return {
+        "epoch": record.epoch,
+        "volume_uuid": record.volume_uuid,
+        "volume_name": record.volume_name,
+    }
+
+
+def _equal_members(
+    record: Record, promised: dict[str, dict[str, Any]], was_clean: bool, log: Log
+) -> list[str]:
+    """The IN_SYNC members that may all be read from now on; at least one."""
+    candidates = [
+        replica_uuid
+        for replica_uuid, member in record.members.items()
+        if member.state == IN_SYNC
+        and replica_uuid in promised
+        and promised[replica_uuid]["complete"]
+    ]
+    if not candidates:
+        raise DegradedError(
+            f"volume {record.volume_name} has no complete replica in sync that can be reached"
+        )
+    if was_clean or len(candidates) == 1:
+        return candidates
+    positions = {
+        (promised[uuid]["applied_epoch"], promised[uuid]["applied_sequence"]) for uuid in candidates
+    }
+    if len(positions) == 1 and positions != {(0, 0)}:
+        return candidates
+    # The process that lived on has what was acknowledged last; among equals any will do.
+    source = max(
+        candidates,
+        key=lambda uuid: (promised[uuid]["applied_epoch"], promised[uuid]["applied_sequence"]),
+    )
+    log(f"volume {record.volume_name} was not closed cleanly: replica {source} is the source")
+    return [source]
+
+
+def _finish_structure(
+    record: Record,
+    sessions: dict[str, Session],
+    promised: dict[str, dict[str, Any]],
+    equal: list[str],
+    log: Log,
+) -> Record:
+    """Finish a snapshot, delete or revert that was under way, on every equal member."""
+    pending = record.pending
+    if pending is not None:
+        log(f"finishing the revert to layer {pending['layer_id']}")
+        for replica_uuid in equal:
+            if promised[replica_uuid]["head_id"] != pending["new_head_id"]:
+                content = {"do": "revert", **pending}
+                promised[replica_uuid]["layers"] = _apply(sessions[replica_uuid], content)
+                promised[replica_uuid]["head_id"] = pending["new_head_id"]
+        record = replace(
+            record,
+            head_id=pending["new_head_id"],
+            head_parent=pending["layer_id"],
+            pending=None,
+        )
+    record = _adopt_unrecorded(record, promised[equal[0]], log)
+    present: set[int] = set()
+    for replica_uuid in equal:
+        layers = {layer["id"]: layer for layer in promised[replica_uuid]["layers"]}
+        present.update(layers)
+        for layer in record.layers:
+            if layer.id not in layers and not layer.removed:
+                raise StateError(
+                    f"replica {replica_uuid} lacks snapshot {record.volume_name}@{layer.name} "
+                    "that the record has; take this replica out and open the volume again"
+                )
+            if layer.removed and layer.id in layers and not layers[layer.id]["removed"]:
+                _apply(sessions[replica_uuid], {"do": "remove", "layer_id": layer.id})
+    gone = [layer.id for layer in record.layers if layer.removed and layer.id not in present]
+    return drop_layers(record, gone)
+
+
+def _adopt_unrecorded(record: Record, described: dict[str, Any], log: Log) -> Record:
+    """A snapshot that was sealed but never recorded did not happen: its layer is removed."""
+    if described["head_id"] == record.head_id:
+        return record
+    known = {layer.id for layer in record.layers}
+    extra = [
+        layer
+        for layer in described["layers"]
+        if layer["id"] not in known and layer["id"] != described["head_id"]
+    ]
+    log(f"dropping {len(extra)} layers of a snapshot that was not finished")
+    head = next(layer for layer in described["layers"] if layer["id"] == described["head_id"])
+    return replace(
+        record,
+        layers=(
+            *record.layers,
+            *(LayerRecord(layer["id"], layer["parent"], removed=True) for layer in extra),
+        ),
+        head_id=described["head_id"],
+        head_parent=head["parent"],
+        next_layer_id=max(record.next_layer_id, described["head_id"] + 1),
+    )
+
+
+def _apply(session: Session, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """One control request, made durable; the layers after it."""
+    session.ask(wire.CONTROL, content)
+    session.ask(wire.FLUSH, {})
+    layers: list[dict[str, Any]] = session.ask(wire.CONTROL, {"do": "tree"})["layers"]
+    return layers

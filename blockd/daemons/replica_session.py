@@ -1,0 +1,404 @@
+"""One connection to a replica daemon: frames in, storage calls, frames out. The hot path.
+
+Called by the loop when the socket is ready. A batch is everything one `recv` brought; its answers
+leave in one `send`, most of them from one arena, so a read is one `preadv` into the arena and
+nothing is copied. WRITE and ZERO of a batch are answered by one APPLIED.
+
+Invariants:
+- data operations only after FENCE, and only while this session is the newest fenced one
+- operations are applied in the order they arrive; a refused write is REFUSED before an APPLIED
+  covers it
+- a block is stored only if it matches the checksum it came with
+- what may block (fdatasync, cold reads) runs in a thread; everything else here
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+from blockd.loop import HANGUP, READ, WRITE
+from protocol import replica as wire
+from protocol.checksum import block_checksum, block_checksums
+from protocol.errors import (
+    BlockdError,
+    ConflictError,
+    PeerError,
+    RequestError,
+    StateError,
+    StorageError,
+)
+from protocol.streams import Inbox, Outbox
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from blockd.daemons.replica import ReplicaDaemon
+
+ARENA_BYTES = 2 << 20  # answers of one batch: two reads of the largest size always fit
+
+_U32 = struct.Struct("<I")
+
+
+class ReplicaSession:
+    """One peer of the replica daemon."""
+
+    def __init__(self, daemon: ReplicaDaemon, sock: socket.socket) -> None:
+        self._daemon = daemon
+        self._replica = daemon.replica
+        self._socket: socket.socket | None = sock
+        self._inbox = Inbox()
+        self._outbox = Outbox()
+        self._arena = bytearray(ARENA_BYTES)
+        self._arena_view = memoryview(self._arena)
+        self._arena_used = 0
+        self._arena_queued = 0
+        self._nonces = ("", "")
+        self._hello_uuid = ""
+        self._proven = False
+        self.fenced = False
+        self._blocked = False
+        daemon.loop.register(sock.fileno(), READ, self._ready)
+
+    # ---- socket ---------------------------------------------------------------------------
+
+    def _ready(self, events: int) -> None:
+        sock = self._socket
+        if sock is None:
+            return
+        if self._blocked:
+            if events & HANGUP:
+                self.close("the peer went away")
+                return
+            if not self._outbox.flush(sock.sendmsg):
+                return
+            self._blocked = False
+            self._daemon.loop.modify(sock.fileno(), READ)
+        try:
+            count = self._inbox.receive(sock.recv_into)
+        except OSError as error:
+            self.close(f"connection lost: {error.strerror}")
+            return
+        if count == 0:
+            self.close("the peer closed the connection")
+        elif count > 0:
+            self._received()
+
+    def _received(self) -> None:
+        inbox = self._inbox
+        frames: list[wire.Frame] = []
+        try:
+            start = wire.parse(inbox.buffer, inbox.view, inbox.start, inbox.end, frames)
+            if self.fenced:
+                self._batch(frames)
+            else:
+                for frame in frames:
+                    self._introduce(frame)
+        except (PeerError, RequestError, ConflictError) as error:
+            self._refuse(0, error)
+            self.flush()
+            self.close(str(error))
+            return
+        if self._socket is None:
+            return
+        inbox.take(start)
+        if inbox.end > inbox.start:
+            inbox.reserve(wire.needed(inbox.view, inbox.start, inbox.end))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is answered; while the peer takes nothing more, its requests wait."""
+        sock = self._socket
+        if sock is None:
+            return
+        self._queue_arena()
+        try:
+            sent = self._outbox.flush(sock.sendmsg)
+        except OSError as error:
+            self.close(f"connection lost: {error.strerror}")
+            return
+        if sent:
+            self._arena_used = self._arena_queued = 0
+            return
+        self._new_arena()
+        if not self._blocked:
+            self._blocked = True
+            self._daemon.loop.modify(sock.fileno(), WRITE)
+
+    def close(self, reason: str) -> None:
+        """End the session."""
+        if self._socket is None:
+            return
+        self._daemon.loop.unregister(self._socket.fileno())
+        self._socket.close()
+        self._socket = None
+        self.fenced = False
+        self._daemon.session_closed(self, reason)
+
+    # ---- answers --------------------------------------------------------------------------
+
+    def _queue_arena(self) -> None:
+        if self._arena_used > self._arena_queued:
+            self._outbox.queue.append(self._arena_view[self._arena_queued : self._arena_used])
+            self._arena_queued = self._arena_used
+
+    def _new_arena(self) -> None:
+        """The old one stays alive until its last byte is sent."""
+        self._arena = bytearray(ARENA_BYTES)
+        self._arena_view = memoryview(self._arena)
+        self._arena_used = self._arena_queued = 0
+
+    def _room(self, count: int) -> int:
+        """Where `count` more bytes of the arena begin."""
+        if self._arena_used + count > ARENA_BYTES:
+            self.flush()
+            if self._arena_used:
+                self._queue_arena()
+                self._new_arena()
+        return self._arena_used
+
+    def _answer(self, operation: int, sequence: int, length: int = 0, offset: int = 0) -> None:
+        base = self._room(wire.HEADER_BYTES)
+        wire.pack_into(self._arena, base, operation, sequence, length, offset, 0)
+        self._arena_used = base + wire.HEADER_BYTES
+
+    def _send(self, message: bytes | memoryview) -> None:
+        """An answer that does not come from the arena, in order."""
+        self._queue_arena()
+        self._outbox.queue.append(message)
+
+    def _refuse(self, sequence: int, error: BlockdError) -> None:
+        payload = wire.json_frame(
+            wire.REFUSED, sequence, {"code": error.code, "message": str(error)}
+        )[wire.HEADER_BYTES :]
+        self._send(
+            wire.frame(wire.REFUSED, sequence, argument=error.errno, payload_bytes=len(payload))
+            + payload
+        )
+
+    # ---- introduction ---------------------------------------------------------------------
+
+    def _introduce(self, frame: wire.Frame) -> None:
+        operation, _, _, _, sequence, _, payload = frame
+        content = wire.json_content(payload)
+        if operation == wire.HELLO:
+            self._hello(sequence, content)
+        elif operation == wire.PROVE and self._nonces[0]:
+            self._prove(sequence, content)
+        elif operation == wire.FENCE and self._proven:
+            self._fence(sequence, content)
+        else:
+            raise wire.WireError(f"operation {operation} before the session was opened")
+
+    def _hello(self, sequence: int, content: dict[str, Any]) -> None:
+        if wire.VERSION not in content.get("versions", []):
+            raise PeerError(
+                f"the peer speaks wire versions {content.get('versions')}, this replica speaks "
+                f"[{wire.VERSION}]; upgrade the older side"
+            )
+        metadata = self._replica.metadata
+        asked = str(content.get("volume_uuid"))
+        if metadata.volume_uuid and asked != metadata.volume_uuid:
+            raise ConflictError(
+                f"replica {metadata.replica_uuid} at {self._replica.path} belongs to volume "
+                f"{metadata.volume_name or metadata.volume_uuid} ({metadata.volume_uuid}), not "
+                f"to {asked}; use the right state file or another directory"
+            )
+        theirs, ours = str(content.get("nonce")), secrets.token_hex(wire.NONCE_BYTES)
+        self._nonces, self._hello_uuid = (theirs, ours), asked
+        answer = self._daemon.describe()
+        answer["nonce"] = ours
+        answer["proof"] = wire.proof(self._daemon.key, "replica", theirs, ours, asked)
+        self._send(wire.json_frame(wire.ANSWER, sequence, answer))
+
+    def _prove(self, sequence: int, content: dict[str, Any]) -> None:
+        theirs, ours = self._nonces
+        expected = wire.proof(self._daemon.key, "volume", ours, theirs, self._hello_uuid)
+        if not hmac.compare_digest(expected, str(content.get("proof"))):
+            raise PeerError("the peer does not know the key of this volume; check --key-file")
+        self._proven = True
+        self._send(wire.json_frame(wire.ANSWER, sequence, {}))
+
+    def _fence(self, sequence: int, content: dict[str, Any]) -> None:
+        self._daemon.fence(self, content)
+        self.fenced = True
+        self._send(wire.json_frame(wire.ANSWER, sequence, self._daemon.describe()))
+
+    # ---- data -----------------------------------------------------------------------------
+
+    def _batch(self, frames: list[wire.Frame]) -> None:
+        applied = 0
+        for frame in frames:
+            operation, flags, length, offset, sequence, argument, payload = frame
+            if operation == wire.WRITE:
+                self._write(length, offset, sequence, payload)
+                applied = sequence
+            elif operation == wire.READ:
+                self._read(length, offset, sequence, argument)
+            elif operation == wire.ZERO:
+                self._zero(flags, length, offset, sequence)
+                applied = sequence
+            else:
+                if applied:
+                    self._answer(wire.APPLIED, applied)
+                    applied = 0
+                self._other(frame)
+        if applied:
+            self._answer(wire.APPLIED, applied)
+            self._daemon.worked()
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if (offset | length) & (BLOCK_BYTES - 1) or not length:
+            raise wire.WireError(f"offset {offset} length {length} is not whole blocks")
+        if offset + length > self._replica.size_bytes:
+            raise wire.WireError(
+                f"offset {offset} length {length} ends beyond {self._replica.size_bytes} bytes"
+            )
+
+    def _write(self, length: int, offset: int, sequence: int, payload: memoryview | None) -> None:
+        self._check_range(offset, length)
+        count = length // BLOCK_BYTES
+        if payload is None or len(payload) != length + 4 * count:
+            raise wire.WireError(f"a write of {length} bytes came with another payload size")
+        checksums: tuple[int, ...] | list[int]
+        if count == 1:
+            data = payload[4:]
+            checksum = block_checksum(data)
+            if _U32.unpack_from(payload)[0] != checksum:
+                raise wire.WireError(f"block at {offset} was damaged on the way")
+            checksums = (checksum,)
+        else:
+            data = payload[4 * count :]
+            checksums = block_checksums(data)
+            if struct.unpack_from(f"<{count}I", payload) != tuple(checksums):
+                raise wire.WireError(f"a block at {offset} of {length} bytes was damaged")
+        self._daemon.writes += 1
+        try:
+            self._replica.write(offset // BLOCK_BYTES, count, data, checksums)
+        except BlockdError as error:
+            self._refuse(sequence, error)
+
+    def _zero(self, flags: int, length: int, offset: int, sequence: int) -> None:
+        self._check_range(offset, length)
+        self._daemon.writes += 1
+        try:
+            self._replica.zero(
+                offset // BLOCK_BYTES,
+                length // BLOCK_BYTES,
+                keep_allocated=bool(flags & wire.KEEP_ALLOCATED),
+            )
+        except BlockdError as error:
+            self._refuse(sequence, error)
+
+    def _read(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+        self._check_range(offset, length)
+        if length > PIECE_BYTES_MAX:
+            raise wire.WireError(f"a read of {length} bytes is over the limit {PIECE_BYTES_MAX}")
+        self._daemon.reads += 1
+        count = length // BLOCK_BYTES
+        base = self._room(wire.HEADER_BYTES + length + 4 * count)
+        start = base + wire.HEADER_BYTES
+        try:
+            used = self._replica.read_into(
+                offset // BLOCK_BYTES, count, self._arena_view[start:], layer_id, nowait=True
+            )
+        except BlockdError as error:
+            self._refuse(sequence, error)
+            return
+        if used < 0:
+            self._read_cold(length, offset, sequence, layer_id)
+            return
+        wire.pack_into(self._arena, base, wire.DATA, sequence, length, offset, used)
+        self._arena_used = start + used
+
+    def _read_cold(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+        """Some of it is not in memory: read in a thread; if a write got in between, read here."""
+        count = length // BLOCK_BYTES
+        buffer = bytearray(wire.HEADER_BYTES + length + 4 * count)
+        target = memoryview(buffer)[wire.HEADER_BYTES :]
+        first = offset // BLOCK_BYTES
+
+        def read() -> int:
+            return self._replica.read_into(first, count, target, layer_id)
+
+        def done(used: int, failure: BaseException | None) -> None:
+            if self._socket is None:
+                return
+            try:
+                if failure is not None or used < 0:
+                    used = self._replica.read_into(first, count, target, layer_id, nowait=False)
+            except BlockdError as error:
+                self._refuse(sequence, error)
+            else:
+                wire.pack_into(buffer, 0, wire.DATA, sequence, length, offset, used)
+                self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
+            self.flush()
+
+        self._daemon.loop.in_thread(read, done)
+
+    # ---- everything else ------------------------------------------------------------------
+
+    def _other(self, frame: wire.Frame) -> None:
+        operation, _, length, offset, sequence, argument, payload = frame
+        try:
+            if operation == wire.FLUSH:
+                self._daemon.flush(lambda error: self._flushed(sequence, error))
+            elif operation == wire.EXTENTS:
+                self._extents(length, offset, sequence, argument)
+            elif operation == wire.CONTROL:
+                answer = self._daemon.control(wire.json_content(payload), self)
+                self._send(wire.json_frame(wire.ANSWER, sequence, answer))
+            elif operation == wire.LAYER_READ:
+                self._layer_read(offset, sequence, argument)
+            elif operation == wire.LAYER_WRITE:
+                self._layer_write(offset, sequence, argument, payload)
+            else:
+                raise wire.WireError(f"unknown operation {operation}")
+        except wire.WireError:
+            raise
+        except BlockdError as error:
+            self._refuse(sequence, error)
+
+    def _flushed(self, sequence: int, error: BlockdError | None) -> None:
+        if self._socket is None:
+            return
+        if error is None:
+            self._answer(wire.FLUSHED, sequence)
+        else:
+            self._refuse(sequence, error)
+        self.flush()
+
+    def _extents(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+        self._check_range(offset, length)
+        runs = self._replica.extents(offset // BLOCK_BYTES, length // BLOCK_BYTES, layer_id)
+        payload = b"".join(struct.pack("<II", count, has_data) for count, has_data in runs)
+        self._send(wire.frame(wire.EXTENT_LIST, sequence, payload_bytes=len(payload)) + payload)
+
+    def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
+        buffer = bytearray(wire.HEADER_BYTES + wire.PAYLOAD_BYTES_MAX)
+        used = self._replica.layer_read(layer_id, region, memoryview(buffer)[wire.HEADER_BYTES :])
+        wire.pack_into(buffer, 0, wire.LAYER_DATA, sequence, 0, region, used)
+        self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
+
+    def _layer_write(
+        self, region: int, sequence: int, layer_id: int, payload: memoryview | None
+    ) -> None:
+        map_bytes = 4 * BLOCKS_PER_REGION
+        if payload is None or len(payload) < map_bytes:
+            raise wire.WireError("a layer region came without its map")
+        if self._replica.complete:
+            raise StateError("layers are only written during a rebuild")
+        entries = payload[:map_bytes].cast("I")
+        expected = [entry for entry in entries if entry > 1]
+        data = payload[map_bytes:]
+        if len(data) != len(expected) * BLOCK_BYTES:
+            raise wire.WireError("a layer region came with another amount of data")
+        if block_checksums(data) != expected:
+            raise StorageError(
+                f"layer {layer_id} region {region}: a block does not match its checksum at the "
+                "source; verify the source replica"
+            )
+        self._replica.layer_write(layer_id, region, payload[:map_bytes], data)
+        self._send(wire.json_frame(wire.ANSWER, sequence, {}))

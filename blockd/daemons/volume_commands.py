@@ -1,0 +1,254 @@
+"""What the control socket of a volume daemon understands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from blockd.daemons import process
+from blockd.daemons.control import Answer, Command
+from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
+from protocol.units import REPLICAS_MAX
+from replication.authority import IN_SYNC, OUT, Member, Record
+from replication.link import Link
+from replication.rebuild import Rebuild
+
+if TYPE_CHECKING:
+    from blockd.daemons.volume import VolumeDaemon
+
+
+class VolumeCommands:
+    """One method per command."""
+
+    def __init__(self, daemon: VolumeDaemon) -> None:
+        self._daemon = daemon
+        self._engine = daemon.engine
+
+    def table(self) -> dict[str, Command]:
+        """Commands by name; what they queue on members is sent right away."""
+        commands: dict[str, Command] = {
+            "status": self._status,
+            "stop": self._stop,
+            "snapshot-create": self._snapshot_create,
+            "snapshot-remove": self._snapshot_remove,
+            "snapshot-revert": self._snapshot_revert,
+            "member-add": self._member_add,
+            "member-remove": self._member_remove,
+            "member-address": self._member_address,
+            "rebuild": self._rebuild,
+        }
+        return {name: self._sending(command) for name, command in commands.items()}
+
+    def _sending(self, command: Command) -> Command:
+        def run(request: dict[str, Any], answer: Answer) -> None:
+            command(request, answer)
+            self._daemon.send_everything()
+
+        return run
+
+    # ---- status ---------------------------------------------------------------------------
+
+    def _status(self, request: dict[str, Any], answer: Answer) -> None:
+        daemon, engine = self._daemon, self._engine
+        record = engine.record
+        answer(
+            {
+                **process.common_status(daemon.started),
+                "volume_uuid": record.volume_uuid,
+                "volume_name": record.volume_name,
+                "size_bytes": record.size_bytes,
+                "epoch": record.epoch,
+                "health": self.health(),
+                "nbd": [server.address for server in daemon.servers],
+                "connections": len(daemon.connections),
+                "members": [
+                    _member(replica_uuid, member, engine.links.get(replica_uuid))
+                    for replica_uuid, member in record.members.items()
+                ],
+                "snapshots": [
+                    {
+                        "id": layer.id,
+                        "name": layer.name,
+                        "created": layer.created,
+                        "labels": dict(layer.labels),
+                        "parent": layer.parent,
+                    }
+                    for layer in record.layers
+                    if layer.name
+                ],
+                "layers": len(record.layers),
+                "head_id": record.head_id,
+                "counters": {
+                    "reads": engine.reads_total,
+                    "read_bytes": engine.read_bytes,
+                    "writes": engine.writes_total,
+                    "written_bytes": engine.written_bytes,
+                    "trims": engine.zeros_total,
+                    "flushes": engine.flushes_total,
+                    "checksum_errors": engine.checksum_errors,
+                },
+                "held": daemon.ledger.held,
+            }
+        )
+
+    def health(self) -> str:
+        """healthy: all members in sync; degraded: some; faulted: none can be read."""
+        if not self._engine.readers:
+            return "faulted"
+        members = self._engine.record.members.values()
+        connected = len(self._engine.readers)
+        return "healthy" if connected == len(members) else "degraded"
+
+    def _stop(self, request: dict[str, Any], answer: Answer) -> None:
+        answer({})
+        self._daemon.loop.post(self._daemon.stop)
+
+    # ---- snapshots ------------------------------------------------------------------------
+
+    def _snapshot_create(self, request: dict[str, Any], answer: Answer) -> None:
+        name = str(request["name"])
+        labels = dict(request.get("labels") or {})
+
+        def done(error: BlockdError | None) -> None:
+            layer = self._engine.record.layer_named(name)
+            if error is not None or layer is None:
+                answer(error or StateError(f"snapshot {name} was not recorded"))
+            else:
+                answer({"snapshot": asdict(layer)})
+
+        self._daemon.structure.create(name, labels, done)
+
+    def _snapshot_remove(self, request: dict[str, Any], answer: Answer) -> None:
+        name = str(request["name"])
+        self._refuse_if_read(name, "deleted")
+        self._daemon.structure.remove(name, _answer_with(answer))
+
+    def _snapshot_revert(self, request: dict[str, Any], answer: Answer) -> None:
+        name = str(request["name"])
+        live = sum(1 for connection in self._daemon.connections if not connection.layer_id)
+        if live and not request.get("force"):
+            raise ConflictError(
+                f"{live} NBD clients use volume {self._engine.record.volume_name}; disconnect "
+                "them first (unmount, detach), or force the revert"
+            )
+        self._daemon.structure.revert(name, _answer_with(answer))
+
+    def _refuse_if_read(self, name: str, what: str) -> None:
+        layer = self._daemon.structure.find(name)
+        users = self._daemon.readers_of(layer.id)
+        if users:
+            raise ConflictError(
+                f"snapshot {self._engine.record.volume_name}@{name} is exported to {users} NBD "
+                f"clients and cannot be {what}; disconnect them first"
+            )
+
+    # ---- members --------------------------------------------------------------------------
+
+    def _member_add(self, request: dict[str, Any], answer: Answer) -> None:
+        replica_uuid, address = str(request["replica_uuid"]), str(request["address"])
+        engine = self._engine
+
+        def change(record: Record) -> Record:
+            if replica_uuid in record.members:
+                raise ConflictError(f"replica {replica_uuid} is a member already")
+            if len(record.members) >= REPLICAS_MAX:
+                raise ConflictError(
+                    f"volume {record.volume_name} has {len(record.members)} replicas, the limit "
+                    f"is {REPLICAS_MAX}; remove one first"
+                )
+            members = {**record.members, replica_uuid: Member(OUT, address)}
+            return replace(record, members=members, config_seq=record.config_seq + 1)
+
+        def done(error: BlockdError | None) -> None:
+            if error is None:
+                engine.links[replica_uuid] = Link(replica_uuid, address)
+                self._daemon.reconnect(replica_uuid)
+            _answer_with(answer)(error)
+
+        engine.ledger.change(change, done)
+
+    def _member_remove(self, request: dict[str, Any], answer: Answer) -> None:
+        link = self._link(request)
+        engine = self._engine
+
+        def change(record: Record) -> Record:
+            members = dict(record.members)
+            member = members.pop(link.replica_uuid)
+            others = [other for other in members.values() if other.state == IN_SYNC]
+            if member.state == IN_SYNC and not others:
+                raise StateError(
+                    f"replica {link.replica_uuid} is the last one in sync of volume "
+                    f"{record.volume_name}; rebuild another one first"
+                )
+            return replace(record, members=members, config_seq=record.config_seq + 1)
+
+        def done(error: BlockdError | None) -> None:
+            if error is None:
+                link.state = OUT
+                engine.set_members(
+                    [target for target in engine.targets if target is not link],
+                    [reader for reader in engine.readers if reader is not link],
+                )
+                engine.fail(link, "it was removed from the volume")
+                engine.links.pop(link.replica_uuid, None)
+            _answer_with(answer)(error)
+
+        engine.ledger.change(change, done)
+
+    def _member_address(self, request: dict[str, Any], answer: Answer) -> None:
+        link, address = self._link(request), str(request["address"])
+
+        def change(record: Record) -> Record:
+            member = replace(record.members[link.replica_uuid], address=address)
+            return replace(record, members={**record.members, link.replica_uuid: member})
+
+        def done(error: BlockdError | None) -> None:
+            if error is None:
+                link.address = address
+                if not link.connected:
+                    self._daemon.reconnect(link.replica_uuid)
+            _answer_with(answer)(error)
+
+        self._engine.ledger.change(change, done)
+
+    def _rebuild(self, request: dict[str, Any], answer: Answer) -> None:
+        link = self._link(request)
+        if self._daemon.structure.busy:
+            raise StateError("a snapshot operation is under way; try again when it has ended")
+
+        def done(error: BlockdError | None) -> None:
+            result = f"failed: {error}" if error else "done, in sync"
+            process.log(f"rebuild of replica {link.replica_uuid}: {result}")
+
+        Rebuild(self._engine, link, done).start()
+        answer({})
+
+    def _link(self, request: dict[str, Any]) -> Link:
+        replica_uuid = str(request["replica_uuid"])
+        link = self._engine.links.get(replica_uuid)
+        if link is None:
+            raise NotFoundError(
+                f"replica {replica_uuid} is no member of volume "
+                f"{self._engine.record.volume_name}; `blockd replica ls` shows the members"
+            )
+        return link
+
+
+def _member(replica_uuid: str, member: Member, link: Link | None) -> dict[str, Any]:
+    if link is None:
+        return {"replica_uuid": replica_uuid, **asdict(member), "connected": False}
+    return {
+        "replica_uuid": replica_uuid,
+        "address": link.address,
+        "state": member.state,
+        "connected": link.connected,
+        "failure": link.failure,
+        "rebuild_fraction": link.rebuild_fraction,
+        "reads": link.reads_total,
+        "errors": link.errors,
+    }
+
+
+def _answer_with(answer: Answer) -> Callable[[BlockdError | None], None]:
+    return lambda error: answer(error if error is not None else {})
