@@ -84,7 +84,11 @@ class VolumeSpec(msgspec.Struct):
 
 
 class VolumeStatus(msgspec.Struct):
-    """What a volume is. `mount` is the path this service mounted, until it unmounts it."""
+    """What a volume is.
+
+    `mount` is the path this service mounted, until it unmounts it; `short_since` is when it began
+    to have fewer replicas than wanted.
+    """
 
     state: str = "new"
     health: str = "unknown"
@@ -98,6 +102,7 @@ class VolumeStatus(msgspec.Struct):
     allocated_bytes: int = 0
     pid: int | None = None
     fenced: bool = False
+    short_since: str | None = None
     revert_id: str | None = None
     revert_problem: Problem | None = None
     observed_generation: int = 0

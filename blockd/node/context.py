@@ -1,0 +1,110 @@
+"""What all reconcilers of a node share, and how the daemons of a volume are started."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from blockd.frontends.base import Target
+from blockd.node.home import Home
+from blockd.node.objects import Replica, Snapshot, Volume
+from blockd.node.store import Store
+from blockd.node.supervisor import DaemonSpec, Supervisor
+from replication.authority import Authority
+
+log = logging.getLogger("blockd")
+
+VOLUME_FINALIZER = "blockd/daemons"  # daemons are stopped and directories removed first
+REPLICA_FINALIZER = "blockd/directory"
+SNAPSHOT_FINALIZER = "blockd/layer"
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of one node service."""
+
+    home: Home
+    store: Store
+    authority: Authority
+    supervisor: Supervisor
+    node_name: str
+
+    def replicas_of(self, volume: str) -> list[Replica]:
+        """The replicas of a volume, oldest first."""
+        found = [item for item in self.store.list(Replica) if item.spec.volume == volume]
+        return sorted(found, key=lambda item: (item.metadata.created, item.metadata.name))
+
+    def snapshots_of(self, volume: str) -> list[Snapshot]:
+        """The snapshots of a volume, oldest first."""
+        found = [item for item in self.store.list(Snapshot) if item.spec.volume == volume]
+        return sorted(found, key=_snapshot_age)
+
+    def replica_daemon(self, volume: Volume, replica: Replica) -> DaemonSpec:
+        """The daemon of one replica. It makes the directory only the first time."""
+        name, uid = volume.metadata.name, volume.metadata.uid
+        short = replica.metadata.name[:8]
+        sockets = self.home.socket_directory(name, uid)
+        files = self.home.volume_directory(name)
+        control = sockets / f"r-{short}.control"
+        pid_file = files / f"r-{short}.pid"
+        arguments = ["replica", replica.spec.path, "--listen", f"unix:{sockets}/r-{short}.sock"]
+        arguments += ["--control", f"unix:{control}", "--pid-file", str(pid_file)]
+        arguments += ["--key-file", str(self.home.key_path(name))]
+        if not replica.status.provisioned:
+            arguments += ["--create", "--size", str(volume.spec.size_bytes)]
+            arguments += ["--replica-uuid", replica.metadata.name]
+            arguments += ["--volume-uuid", uid, "--volume-name", name]
+        return DaemonSpec(
+            key=f"replica daemon {short} of volume {name}",
+            volume=name,
+            arguments=tuple(arguments),
+            control=control,
+            log=files / f"r-{short}.log",
+            pid_file=pid_file,
+            identity=("replica_uuid", replica.metadata.name),
+        )
+
+    def volume_daemon(self, volume: Volume, addresses: list[str]) -> DaemonSpec:
+        """The volume daemon; `addresses` are those of its replicas."""
+        name, uid = volume.metadata.name, volume.metadata.uid
+        sockets = self.home.socket_directory(name, uid)
+        files = self.home.volume_directory(name)
+        control = sockets / "volume.control"
+        arguments = ["volume", name, "--volume-uuid", uid, "--state", str(self.home.state_path)]
+        for address in addresses:
+            arguments += ["--replica", address]
+        arguments += ["--nbd", f"unix:{sockets}/nbd.sock", "--control", f"unix:{control}"]
+        arguments += ["--key-file", str(self.home.key_path(name))]
+        arguments += ["--block-size", str(volume.spec.block_size)]
+        arguments += ["--pid-file", str(files / "volume.pid")]
+        return DaemonSpec(
+            key=f"volume daemon of {name}",
+            volume=name,
+            arguments=tuple(arguments),
+            control=control,
+            log=files / "volume.log",
+            pid_file=files / "volume.pid",
+            identity=("volume_uuid", uid),
+        )
+
+    def target(self, volume: Volume, epoch: int) -> Target:
+        """The volume as a front end sees it."""
+        name = volume.metadata.name
+        sockets = self.home.socket_directory(name, volume.metadata.uid)
+        return Target(
+            volume=name,
+            directory=self.home.volume_directory(name),
+            nbd_socket=sockets / "nbd.sock",
+            block_size=volume.spec.block_size,
+            daemon=str(epoch),
+        )
+
+
+def replica_address(spec: DaemonSpec) -> str:
+    """Where a replica daemon listens."""
+    return spec.arguments[spec.arguments.index("--listen") + 1]
+
+
+def _snapshot_age(item: Snapshot) -> tuple[int, str, str]:
+    layer = item.status.layer_id
+    return (layer if layer is not None else 1 << 30, item.metadata.created, item.metadata.name)

@@ -1,0 +1,264 @@
+"""Volumes: one pass brings everything of a volume to what is wanted.
+
+The order within a pass, and why:
+
+1. replicas (objects, daemons), then the record: a volume daemon needs both
+2. the volume daemon, if the volume is attached or something waits that only it can do; no volume
+   daemon runs for a detached volume that nobody asks anything of
+3. what is not wanted or broken comes down: mount, then device
+4. snapshots, then a revert: with the device down if the revert forces that
+5. members: added, removed, rebuilt
+6. device, then mount
+7. the volume daemon is stopped if it is not needed any more
+
+A volume daemon that was fenced by another owner is not started again: the user decides, by
+detaching and attaching.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockd.node import control
+from blockd.node.context import Context, log
+from blockd.node.control import Answer
+from blockd.node.objects import Problem, Replica, Volume, VolumeStatus
+from blockd.node.reconcile_devices import DeviceReconciler
+from blockd.node.reconcile_members import MemberReconciler
+from blockd.node.reconcile_replicas import ReplicaReconciler, remove_tree
+from blockd.node.reconcile_snapshots import SnapshotReconciler
+from blockd.node.store import find, modify, modify_status
+from blockd.node.supervisor import DaemonSpec
+from protocol.errors import BlockdError, ConflictError, PeerError, StateError
+from replication.authority import IN_SYNC, Record
+
+CHECK_SECONDS = 5.0  # how often a healthy attached volume is looked at without cause
+CHECK_UNHEALTHY_SECONDS = 1.0
+CHECK_DETACHED_SECONDS = 30.0
+
+
+class VolumeReconciler:
+    """Passes over volumes; see the order above."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.replicas = ReplicaReconciler(context)
+        self.members = MemberReconciler(context, self.replicas)
+        self.snapshots = SnapshotReconciler(context)
+        self.devices = DeviceReconciler(context)
+
+    def reconcile(self, name: str) -> float | None:
+        """One pass; seconds until the next one, None if the volume is gone."""
+        volume = find(self._context.store, Volume, name)
+        if volume is None:
+            return None
+        try:
+            if volume.metadata.deleted is not None:
+                self._remove(volume)
+                return None
+            delay = self._converge(volume)
+        except BlockdError as error:
+            problem = Problem(error.code, str(error), error.retry)
+            self._note_problem(volume, problem)
+            raise
+        generation = volume.metadata.generation
+        self._note(volume, observed_generation=generation, problem=None)
+        return delay
+
+    def _converge(self, volume: Volume) -> float:
+        context, name = self._context, volume.metadata.name
+        context.home.make_volume_directories(name, volume.metadata.uid)
+        record = self.members.load(volume)
+        replicas = self.replicas.reconcile(volume, record)
+        if record is None:
+            record = self.members.establish(volume, replicas)
+        if not volume.status.established:
+            volume = self._note(volume, established=True, state="detached")
+        if self._needed(volume, record, replicas):
+            spec, answer = self._start_daemon(volume, record, replicas)
+            volume = self._note(
+                volume, pid=int(answer["pid"]), epoch=int(answer["epoch"]), fenced=False
+            )
+            volume = self.devices.settle_down(volume, volume.status.epoch)
+            self.snapshots.reconcile(volume, spec)
+            volume = self._revert(volume, spec)
+            record = self.members.load(volume) or record
+            self.members.align(volume, record, replicas, spec)
+            if volume.spec.attached:
+                volume = self.devices.bring_up(volume, volume.status.epoch)
+        else:
+            spec = context.volume_daemon(volume, [])
+            volume = self.devices.settle_down(volume, volume.status.epoch)
+            daemon = spec if context.supervisor.pid(spec) is not None else None
+            self.members.align(volume, record, replicas, daemon)
+        return self._settle(volume, spec)
+
+    def _needed(self, volume: Volume, record: Record, replicas: list[Replica]) -> bool:
+        """Whether the volume daemon has anything to do."""
+        return (
+            volume.spec.attached
+            or self.members.work(volume, record, replicas).now
+            or self.snapshots.pending(volume.metadata.name)
+            or _revert_waits(volume)
+        )
+
+    def _start_daemon(
+        self, volume: Volume, record: Record, replicas: list[Replica]
+    ) -> tuple[DaemonSpec, Answer]:
+        context, name = self._context, volume.metadata.name
+        addresses = [
+            item.status.address
+            for item in replicas
+            if item.status.address and item.metadata.name in record.members
+        ]
+        spec = context.volume_daemon(volume, addresses)
+        if context.supervisor.pid(spec) is None:
+            self._note(volume, pid=None)
+            ended = context.supervisor.ended(spec)
+            fenced = ended is not None and ended.code == ConflictError.exit_code
+            if volume.status.fenced or (fenced and record.epoch > volume.status.epoch > 0):
+                self._note(volume, fenced=True)
+                raise ConflictError(
+                    f"volume {name} was taken over by another owner (epoch {record.epoch}); to "
+                    f"take it back: `blockd volume detach {name}`, then attach it"
+                )
+            if not any(item.status.state == "running" for item in replicas):
+                reasons = "; ".join(sorted({i.status.message or "" for i in replicas}))
+                raise StateError(f"no replica of volume {name} runs: {reasons}")
+        answer = context.supervisor.ensure(spec)
+        if answer.get("health") == "starting":
+            raise PeerError(f"the volume daemon of {name} is still opening the volume")
+        return spec, answer
+
+    def _revert(self, volume: Volume, spec: DaemonSpec) -> Volume:
+        """Do a revert that waits; what came of it is noted under its id."""
+        revert = volume.spec.revert
+        if revert is None or not _revert_waits(volume):
+            return volume
+        name, problem = volume.metadata.name, None
+        try:
+            if volume.status.frontend is not None:
+                if not revert.force:
+                    raise ConflictError(
+                        f"volume {name} is attached; detach it first, or revert with --force to "
+                        "have it unmounted, reverted and put back"
+                    )
+                volume = self.devices.take_down(volume, volume.status.epoch, force=True)
+            control.ask(spec.control, "snapshot-revert", name=revert.snapshot, force=revert.force)
+            log.info("volume %s: reverted to %s", name, revert.snapshot)
+        except BlockdError as error:
+            log.warning("volume %s: revert to %s: %s", name, revert.snapshot, error)
+            problem = Problem(error.code, str(error), error.retry)
+        volume = self._context.store.get(Volume, name)
+        return self._note(volume, revert_id=revert.id, revert_problem=problem)
+
+    def _settle(self, volume: Volume, spec: DaemonSpec) -> float:
+        """Note health, stop a volume daemon that is done; seconds until the next look."""
+        context, name = self._context, volume.metadata.name
+        replicas = context.replicas_of(name)
+        record = self.members.load(volume)
+        assert record is not None, "established above"
+        message = next((i.status.message for i in replicas if i.status.message), None)
+        changes: dict[str, object] = {
+            "health": record_health(volume, record),
+            "message": message,
+            "allocated_bytes": max((i.status.allocated_bytes for i in replicas), default=0),
+        }
+        running = context.supervisor.pid(spec) is not None
+        if self._needed(volume, record, replicas):
+            if running:
+                answer = control.status(spec.control)
+                changes["health"] = daemon_health(volume, answer)
+                changes["message"] = answer.get("held") or message
+            self._note(volume, **changes)
+            healthy = changes["health"] == "healthy" and message is None
+            return CHECK_SECONDS if healthy and running else CHECK_UNHEALTHY_SECONDS
+        if running:
+            context.supervisor.stop(spec)
+        context.supervisor.forget(spec)
+        self._note(volume, **changes, pid=None, fenced=False)
+        if message or any(i.status.state != "running" for i in replicas):
+            return CHECK_UNHEALTHY_SECONDS
+        if volume.status.short_since is not None or changes["health"] != "healthy":
+            return CHECK_UNHEALTHY_SECONDS
+        return CHECK_DETACHED_SECONDS
+
+    def _remove(self, volume: Volume) -> None:
+        """Stop everything of a deleted volume, then remove everything of it."""
+        context, name = self._context, volume.metadata.name
+        self.devices.take_down(volume, volume.status.epoch, force=True)
+        spec = context.volume_daemon(volume, [])
+        context.supervisor.stop(spec)
+        context.supervisor.forget(spec)
+        self.snapshots.forget_all(name)
+        for replica in context.replicas_of(name):
+            context.store.delete(Replica, replica.metadata.name)
+            self.replicas.destroy(volume, replica)
+        context.authority.delete(volume.metadata.uid)
+        for path in _directories(context, volume):
+            remove_tree(path)
+        modify(context.store, Volume, name, _drop_finalizers)
+        log.info("volume %s: removed", name)
+
+    def _note_problem(self, volume: Volume, problem: Problem) -> None:
+        name = volume.metadata.name
+        current = find(self._context.store, Volume, name)
+        if current is None:
+            return
+        changes: dict[str, object] = {
+            "problem": problem,
+            "message": problem.message,
+            "observed_generation": volume.metadata.generation,
+        }
+        if current.spec.attached and current.status.state not in ("attaching", "detaching"):
+            spec = self._context.volume_daemon(current, [])
+            if self._context.supervisor.pid(spec) is None:
+                changes.update(state="error", health="faulted", pid=None)
+        self._note(current, **changes)
+
+    def _note(self, volume: Volume, **changes: object) -> Volume:
+        def change(item: Volume) -> None:
+            for field_name, value in changes.items():
+                assert field_name in VolumeStatus.__struct_fields__
+                setattr(item.status, field_name, value)
+
+        return modify_status(self._context.store, Volume, volume.metadata.name, change)
+
+
+def daemon_health(volume: Volume, answer: Answer) -> str:
+    """The health of a volume whose daemon answered."""
+    health = str(answer.get("health", "unknown"))
+    if health == "starting":
+        return "unknown"
+    members = answer.get("members", [])
+    if health == "healthy" and len(members) < volume.spec.replicas:
+        return "degraded"
+    return health
+
+
+def record_health(volume: Volume, record: Record | None) -> str:
+    """The health of a volume no daemon runs for."""
+    if record is None:
+        return "unknown"
+    in_sync = sum(member.state == IN_SYNC for member in record.members.values())
+    if in_sync == 0:
+        return "faulted"
+    wanted = max(volume.spec.replicas, len(record.members))
+    return "healthy" if in_sync >= wanted else "degraded"
+
+
+def _revert_waits(volume: Volume) -> bool:
+    return volume.spec.revert is not None and volume.spec.revert.id != volume.status.revert_id
+
+
+def _directories(context: Context, volume: Volume) -> set[Path]:
+    name = volume.metadata.name
+    return {
+        context.home.socket_directory(name, volume.metadata.uid),
+        context.home.volume_directory(name),
+        context.home.replicas_directory(name),
+    }
+
+
+def _drop_finalizers(volume: Volume) -> None:
+    volume.metadata.finalizers = []

@@ -1,0 +1,310 @@
+"""Starts the daemons, finds them again, watches that they live, and stops them.
+
+Daemons are processes of their own (own session, log to a file): the node service may end, be
+killed or replaced while they serve. What runs is found through the control sockets, then through
+pid files; memory is only a cache of that. So one daemon is never started twice, and a daemon that
+is alive but does not answer is waited for and not replaced.
+
+Life is watched through pidfds: they work for processes that are not our children, and a reused
+pid cannot be taken for a daemon. A daemon that ends wakes the reconciler of its volume; one that
+ends soon after each start is started again at growing distances (`RESTART_SECONDS_MAX`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockd.node import control
+from blockd.node.control import Answer
+from protocol.errors import (
+    BlockdError,
+    ConflictError,
+    NotFoundError,
+    PeerError,
+    RequestError,
+    StateError,
+)
+
+START_SECONDS = 30.0  # opening after a crash reads the dirty zones first
+STOP_SECONDS = 30.0  # a clean stop flushes what the page cache holds
+TERMINATE_SECONDS = 10.0
+HUNG_SECONDS = 2.0  # a loop that serves answers within milliseconds
+POLL_SECONDS = 0.02  # between looks at a daemon that starts; it takes about 0.2 s
+QUICK_END_SECONDS = 10.0  # a daemon that ends sooner than this counts as failing to start
+RESTART_SECONDS_MAX = 30.0
+LOG_BYTES_MAX = 1 << 20  # an older log is kept once, as .1
+LOG_TAIL_BYTES = 8192
+
+_EXIT_FAMILIES: dict[int, type[BlockdError]] = {
+    family.exit_code: family for family in (RequestError, NotFoundError, ConflictError)
+}
+
+
+@dataclass(frozen=True)
+class DaemonSpec:
+    """One daemon: how to start it and how to know it again.
+
+    `arguments` follow `blockd daemon`; `identity` is a field of its status and its value.
+    """
+
+    key: str
+    volume: str
+    arguments: tuple[str, ...]
+    control: Path
+    log: Path
+    pid_file: Path
+    identity: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a daemon ended; `code` is None if it was not our child."""
+
+    code: int | None
+    message: str
+
+
+@dataclass
+class _Process:
+    spec: DaemonSpec
+    pid: int
+    pidfd: int
+    child: subprocess.Popen[bytes] | None
+    started: float
+    gone: threading.Event = field(default_factory=threading.Event)
+
+
+class Supervisor:
+    """All daemons of this node."""
+
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._processes: dict[str, _Process] = {}
+        self._ended: dict[str, Ended] = {}
+        self._failures: dict[str, tuple[int, float]] = {}
+        self._poll = select.epoll()
+        self._by_fd: dict[int, _Process] = {}
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._closing = False
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching; the daemons go on."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+
+    def pid(self, spec: DaemonSpec) -> int | None:
+        """The pid if the daemon runs, started by us or found."""
+        process = self._process(spec) or self._adopt(spec)
+        return process.pid if process else None
+
+    def ended(self, spec: DaemonSpec) -> Ended | None:
+        """How it ended last, None if it has not ended since it was last forgotten."""
+        return self._ended.get(spec.key)
+
+    def forget(self, spec: DaemonSpec) -> None:
+        """Forget past failures, because someone asks for a fresh start."""
+        self._ended.pop(spec.key, None)
+        self._failures.pop(spec.key, None)
+
+    def launch(self, spec: DaemonSpec) -> None:
+        """See to it that the daemon runs, without waiting until it answers."""
+        if self.pid(spec) is not None:
+            return
+        count, not_before = self._failures.get(spec.key, (0, 0.0))
+        if time.monotonic() < not_before:
+            last = self._ended.get(spec.key)
+            raise _restart_error(spec, last, count, not_before - time.monotonic())
+        self._start(spec)
+
+    def ready(self, spec: DaemonSpec) -> Answer:
+        """Wait until a launched daemon answers; its status."""
+        while True:
+            process = self._process(spec)
+            if process is None:
+                raise _end_error(spec, self._ended.get(spec.key))
+            deadline = process.started + START_SECONDS
+            try:
+                answer = control.status(spec.control, HUNG_SECONDS)
+            except PeerError as error:
+                if time.monotonic() > deadline:
+                    raise PeerError(
+                        f"{spec.key} (pid {process.pid}) runs but does not answer: {error}; "
+                        f"see {spec.log}"
+                    ) from None
+                process.gone.wait(POLL_SECONDS)
+                continue
+            field_name, value = spec.identity
+            if answer.get(field_name) != value:
+                raise ConflictError(
+                    f"another daemon ({field_name} {answer.get(field_name)}) answers at "
+                    f"{spec.control} where {value} belongs; stop it (pid {answer.get('pid')})"
+                )
+            return answer
+
+    def ensure(self, spec: DaemonSpec) -> Answer:
+        """Launch and wait."""
+        self.launch(spec)
+        return self.ready(spec)
+
+    def stop(self, spec: DaemonSpec) -> None:
+        """Stop the daemon cleanly, harder if it does not listen; fine if it does not run."""
+        process = self._process(spec) or self._adopt(spec)
+        if process is None:
+            return
+        with contextlib.suppress(BlockdError):
+            control.ask(spec.control, "stop", timeout_seconds=TERMINATE_SECONDS)
+            if process.gone.wait(STOP_SECONDS):
+                self.forget(spec)
+                return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(process.pidfd, number)
+            if process.gone.wait(TERMINATE_SECONDS):
+                self.forget(spec)
+                return
+        raise StateError(
+            f"{spec.key} (pid {process.pid}) does not end, not even when killed; "
+            "its disk may hang: see the kernel log"
+        )
+
+    def _process(self, spec: DaemonSpec) -> _Process | None:
+        with self._lock:
+            process = self._processes.get(spec.key)
+        return None if process is None or process.gone.is_set() else process
+
+    def _adopt(self, spec: DaemonSpec) -> _Process | None:
+        """Find a daemon that runs without us having started it."""
+        pid = None
+        try:
+            answer = control.status(spec.control)
+            if answer.get(spec.identity[0]) == spec.identity[1]:
+                pid = int(answer["pid"])
+        except (BlockdError, KeyError, ValueError):
+            pid = _pid_from_file(spec)
+        if pid is None:
+            return None
+        return self._track(spec, pid, None)
+
+    def _start(self, spec: DaemonSpec) -> None:
+        _rotate(spec.log)
+        fd = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "blockd", "daemon", *spec.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=fd,
+                stderr=fd,
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            os.close(fd)
+        self._ended.pop(spec.key, None)
+        self._track(spec, child.pid, child)
+
+    def _track(
+        self, spec: DaemonSpec, pid: int, child: subprocess.Popen[bytes] | None
+    ) -> _Process | None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        if child is None and select.select([pidfd], [], [], 0)[0]:
+            os.close(pidfd)  # it has ended and nobody has collected it yet
+            return None
+        process = _Process(spec, pid, pidfd, child, time.monotonic())
+        with self._lock:
+            self._processes[spec.key] = process
+            self._by_fd[pidfd] = process
+            self._poll.register(pidfd, select.EPOLLIN)
+        return process
+
+    def _watch(self) -> None:
+        while not self._closing:
+            for fd, _ in self._poll.poll():
+                if fd == self._wake:
+                    continue
+                with self._lock:
+                    process = self._by_fd.pop(fd)
+                    self._poll.unregister(fd)
+                self._note_end(process)
+
+    def _note_end(self, process: _Process) -> None:
+        spec = process.spec
+        code = process.child.wait() if process.child is not None else None
+        self._ended[spec.key] = Ended(code, _last_words(spec.log))
+        count, _ = self._failures.get(spec.key, (0, 0.0))
+        now = time.monotonic()
+        if now - process.started < QUICK_END_SECONDS and code != -signal.SIGKILL:
+            wait = min(RESTART_SECONDS_MAX, float(2**count))
+            self._failures[spec.key] = (count + 1, now + wait)
+        else:
+            self._failures.pop(spec.key, None)
+        with self._lock:
+            if self._processes.get(spec.key) is process:
+                del self._processes[spec.key]
+        process.gone.set()
+        os.close(process.pidfd)
+        self._on_end(spec.volume)
+
+
+def _pid_from_file(spec: DaemonSpec) -> int | None:
+    """The pid in the daemon's pid file, if that process is this daemon."""
+    try:
+        pid = int(spec.pid_file.read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode(f"unix:{spec.control}") in words else None
+
+
+def _rotate(log: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > LOG_BYTES_MAX:
+            log.rename(log.with_name(log.name + ".1"))
+
+
+def _last_words(log: Path) -> str:
+    """The last `blockd: ...` line of a log, or its last line."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        return ""
+    return lines[-1].removeprefix("blockd: ")
+
+
+def _end_error(spec: DaemonSpec, ended: Ended | None) -> BlockdError:
+    code = ended.code if ended else None
+    family = _EXIT_FAMILIES.get(code or 0, StateError)
+    words = ended.message if ended else "it ended"
+    return family(f"{spec.key} ended with code {code}: {words} (log: {spec.log})")
+
+
+def _restart_error(
+    spec: DaemonSpec, ended: Ended | None, count: int, wait_seconds: float
+) -> BlockdError:
+    words = ended.message if ended else ""
+    return StateError(
+        f"{spec.key} ended soon after {count} starts in a row: {words}; "
+        f"next try in {wait_seconds:.0f} s (log: {spec.log})"
+    )
