@@ -1,7 +1,7 @@
 """Printing answers: tables for people, JSON and YAML for programs.
 
-JSON and YAML are exactly what the API answered. Tables pick the columns people look for; outside
-a terminal they are as wide as their content, so nothing is cut off in a pipe.
+JSON and YAML are exactly what the API answered. Tables pick the columns people look for and
+are as wide as their content: a path or an address is only of use whole.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import click
 from blockd.client import Json
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
-PIPE_COLUMNS = 10_000  # wider than any table we print
+TABLE_COLUMNS = 10_000  # wider than any table we print; a terminal wraps, nothing is cut off
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _STYLES = {
     "healthy": "green",
@@ -94,21 +93,14 @@ def _cell(value: Any) -> Any:
 
 
 def _print(table: Table) -> None:
-    console = _console()
+    from rich.console import Console
+
+    console = Console(width=TABLE_COLUMNS)
     with console.capture() as capture:
         console.print(table)
     # Rich pads the last column with spaces; nobody wants them in a pipe.
     for line in capture.get().splitlines():
         click.echo(line.rstrip())
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_COLUMNS)
-    return console
 
 
 # -- the tables of each kind ----------------------------------------------------------------------
