@@ -1,0 +1,77 @@
+"""The layer tree as plain values: who is whose parent, which slot is free, what a change yields.
+
+Functions take the layers of a `Metadata` and return new ones; nothing here touches a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from protocol.errors import ConflictError, NotFoundError, RequestError, StateError
+from protocol.units import SNAPSHOTS_MAX
+from snapshots.metadata import LayerInfo, Metadata
+
+Layers = tuple[LayerInfo, ...]
+
+
+def find(layers: Layers, layer_id: int) -> LayerInfo:
+    """The layer with this id."""
+    for layer in layers:
+        if layer.id == layer_id:
+            return layer
+    raise NotFoundError(f"layer {layer_id} does not exist; list the snapshots and pick one")
+
+
+def chain(layers: Layers, layer_id: int) -> list[LayerInfo]:
+    """The layer and its ancestors, youngest first."""
+    by_id = {layer.id: layer for layer in layers}
+    found = []
+    while layer_id:
+        found.append(by_id[layer_id])
+        layer_id = by_id[layer_id].parent
+    return found
+
+
+def children(layers: Layers, layer_id: int) -> list[LayerInfo]:
+    """The layers whose parent this is."""
+    return [layer for layer in layers if layer.parent == layer_id]
+
+
+def replaced(layers: Layers, changed: LayerInfo) -> Layers:
+    """The layers with one of them changed."""
+    return tuple(changed if layer.id == changed.id else layer for layer in layers)
+
+
+def check_new_name(layers: Layers, name: str, besides: int = 0) -> None:
+    """Refuse a snapshot name that another layer (not removed) has."""
+    for layer in layers:
+        if name and layer.name == name and layer.id != besides and not layer.removed:
+            raise ConflictError(f"snapshot {name!r} exists already; choose another name")
+
+
+def with_new_head(metadata: Metadata, new_head_id: int, parent: int) -> Metadata:
+    """A new, empty head on top of `parent`."""
+    layers = metadata.layers
+    if not 0 < new_head_id < 1 << 32 or any(layer.id == new_head_id for layer in layers):
+        raise RequestError(f"new head id {new_head_id} is in use or outside 1 to 2^32 - 1")
+    used = {layer.slot for layer in layers}
+    slot = next((slot for slot in range(1, SNAPSHOTS_MAX + 2) if slot not in used), 0)
+    if slot == 0:
+        waiting = sum(layer.removed for layer in layers)
+        raise StateError(
+            f"the volume has {len(layers) - 1} sealed layers ({waiting} of them deleted snapshots "
+            f"still being folded), the limit is {SNAPSHOTS_MAX}; delete a snapshot"
+            + (" or wait for the folding" if waiting else "")
+        )
+    head = LayerInfo(id=new_head_id, slot=slot, parent=parent)
+    return replace(metadata, layers=(*layers, head), head_id=new_head_id)
+
+
+def without(layers: Layers, layer_id: int) -> Layers:
+    """The layers without one; its children become its parent's."""
+    gone = find(layers, layer_id)
+    return tuple(
+        replace(layer, parent=gone.parent) if layer.parent == layer_id else layer
+        for layer in layers
+        if layer.id != layer_id
+    )

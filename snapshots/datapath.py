@@ -1,0 +1,434 @@
+"""Reading, writing and zeroing blocks: the part of a replica every request goes through.
+
+Called from the event loop with bounds and checksums already checked; block units throughout. A
+4 KiB write is one pwrite, a store into the map and a store into the index; a 4 KiB read is one
+preadv. Everything else (`_prepare`) happens once per region and zone.
+
+Order of a write, and why:
+1. zone dirty and durable, index page and map block allocated: from here only data can lack space;
+2. data of blocks new to the head: nothing visible refers to it, so a full disk changes nothing;
+3. data of blocks the head has already: in place, needs no space;
+4. map entries, then index bytes.
+A process killed in between leaves each block old or new; see recovery.py.
+
+`index[b]` is the head's slot exactly if the head's entry of b is a checksum. A head that has a
+parent never stores a block of zeros as data but as a ZEROS entry; recovery relies on it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+
+from protocol.checksum import ABSENT, ZEROS, block_checksum
+from protocol.errors import NotFoundError, StateError, StorageError
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
+from snapshots import chain
+from snapshots.dirty import CLEAN, HOT
+from snapshots.layer import WRITABLE, LayerFile
+from snapshots.masks import SLOT_RUNS, resolve, run_length
+from snapshots.store import Store
+from snapshots.syscalls import allocate, storage_error, write_all
+
+Runs = list[tuple[int, int]]  # (first block, count)
+
+WOULD_BLOCK = -1
+VIEWS_MAX = 4096  # resolved regions of snapshots kept: 1 KiB each, 16 GiB of snapshot
+
+_pack_entry = struct.Struct("<I").pack_into
+_ZERO_BLOCK = bytes(BLOCK_BYTES)
+_ZERO_CHECKSUM = block_checksum(_ZERO_BLOCK)
+_ENTRY_RUNS = {
+    entry: memoryview(array("I", [entry]) * BLOCKS_PER_REGION) for entry in (ABSENT, ZEROS)
+}
+_IS_DATA = bytes([0]) + b"\1" * 255
+
+
+def pieces(first_block: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of blocks at region bounds."""
+    while count > 0:
+        length = min(count, BLOCKS_PER_REGION - (first_block & (BLOCKS_PER_REGION - 1)))
+        yield first_block, length
+        first_block += length
+        count -= length
+
+
+class DataPath(Store):
+    """See the module text."""
+
+    # Writing
+
+    def mark_dirty(self, first_zone: int, last_zone: int) -> None:
+        """Make zones ready to be written: their index pages allocated, their dirty bits durable."""
+        zones = self._zones
+        for zone in range(first_zone, last_zone + 1):
+            if zones[zone] == CLEAN:
+                self.index.make_writable(zone)
+        self.dirty.mark(first_zone, last_zone)
+
+    def _prepare(self, first_block: int, count: int) -> None:
+        """Everything a write to these blocks needs besides the data's own space."""
+        last_block = first_block + count - 1
+        first_zone, last_zone = first_block // BLOCKS_PER_ZONE, last_block // BLOCKS_PER_ZONE
+        states = self._zones[first_zone : last_zone + 1]
+        if states.count(HOT) != len(states):
+            self.mark_dirty(first_zone, last_zone)
+        for region in range(first_block >> 10, (last_block >> 10) + 1):
+            if self._head_ready[region] != WRITABLE:
+                self.head.make_writable(region)
+
+    def write(
+        self, first_block: int, count: int, data: memoryview, checksums: Sequence[int]
+    ) -> None:
+        """Write whole blocks. All or nothing when the disk is full (StorageError, ENOSPC)."""
+        region = first_block >> 10
+        if (
+            self._head_ready[region] != WRITABLE
+            or self._zones[region >> 2] != HOT
+            or (first_block + count - 1) >> 10 != region
+            or (self._layered and _ZERO_CHECKSUM in checksums)
+        ):
+            self._write_slowly(first_block, count, data, checksums)
+            return
+        slot = self._head_slot
+        entry = first_block + (region << 20) + 1024  # layer.entry_number
+        offset = (first_block + region + 2) << 12  # layer.block_offset
+        try:
+            if count == 1:
+                if os.pwrite(self._head_fd, data, offset) != BLOCK_BYTES:
+                    write_all(self._head_fd, data, offset)
+                self._head_map[entry] = checksums[0]
+                self._index[first_block] = slot
+                return
+            held = self._index[first_block : first_block + count].count(slot)
+            if 0 < held < count:
+                self._write_runs([(first_block, count)], first_block, data, checksums)
+                return
+            write_all(self._head_fd, data, offset)
+        except OSError as error:
+            raise storage_error("writing layer", self.head.path, error) from error
+        self._head_map[entry : entry + count] = (
+            checksums if isinstance(checksums, memoryview) else array("I", checksums)
+        )
+        self._index[first_block : first_block + count] = SLOT_RUNS[slot][:count]
+
+    def _write_slowly(
+        self, first_block: int, count: int, data: memoryview, checksums: Sequence[int]
+    ) -> None:
+        """A write that needs preparation, crosses regions, or holds blocks of zeros."""
+        self._prepare(first_block, count)
+        data_runs: Runs = [(first_block, count)]
+        zero_runs: Runs = []
+        if self._layered and _ZERO_CHECKSUM in checksums:
+            data_runs, zero_runs = _split_zeros(first_block, data, checksums)
+            for block, length in zero_runs:
+                self._prepare_zero(block, length, keep_allocated=False)
+        self._write_runs(data_runs, first_block, data, checksums)
+        for block, length in zero_runs:
+            self._apply_zero(block, length, keep_allocated=False)
+
+    def _write_runs(
+        self,
+        runs: Runs,
+        base: int,
+        data: memoryview,
+        checksums: Sequence[int],
+    ) -> None:
+        """Write prepared runs: blocks new to the head first. `data` starts at block `base`."""
+        slot = self._head_slot
+        fresh: Runs = []
+        held: Runs = []
+        for first, count in runs:
+            for block, length in pieces(first, count):
+                live = self._index[block : block + length]
+                at = 0
+                while at < length:
+                    in_head = live[at] == slot
+                    end = at + 1
+                    while end < length and (live[end] == slot) == in_head:
+                        end += 1
+                    (held if in_head else fresh).append((block + at, end - at))
+                    at = end
+        for block, length in fresh + held:
+            start = (block - base) * BLOCK_BYTES
+            self.head.write(block, data[start : start + length * BLOCK_BYTES])
+        values = (
+            checksums if isinstance(checksums, memoryview) else memoryview(array("I", checksums))
+        )
+        for block, length in fresh + held:
+            self.head.store(block, values[block - base : block - base + length])
+            self._index[block : block + length] = SLOT_RUNS[slot][:length]
+
+    # Zeroing
+
+    def zero(self, first_block: int, count: int, *, keep_allocated: bool = False) -> None:
+        """Make blocks read as zeros whatever lies in older layers.
+
+        Space is given back, or with `keep_allocated` reserved so that a later write cannot lack it.
+        All or nothing when the disk is full.
+        """
+        ranges = list(self._zero_pieces(first_block, count, keep_allocated))
+        for block, length in ranges:
+            self._prepare(block, length)
+            self._prepare_zero(block, length, keep_allocated)
+        for block, length in ranges:
+            self._apply_zero(block, length, keep_allocated)
+
+    def _zero_pieces(
+        self, first_block: int, count: int, keep_allocated: bool
+    ) -> Iterator[tuple[int, int]]:
+        """The pieces of a range where zeroing changes anything; skips unused index pages."""
+        end = first_block + count
+        must_record = keep_allocated or not self.complete
+        while first_block < end:
+            if not must_record:
+                first_block = self.index.next_used(first_block)
+                if first_block >= end:
+                    return
+            length = min(end - first_block, BLOCKS_PER_REGION - (first_block & 1023))
+            if must_record or self._zeroing_changes(first_block, length):
+                yield first_block, length
+            first_block += length
+
+    def _zeroing_changes(self, block: int, length: int) -> bool:
+        live = self._index[block : block + length]
+        if live.count(0) != length:
+            return True
+        # All zeros already; but a ZEROS entry may have space reserved, which is to be given back.
+        region = block >> 10
+        start = (block & (BLOCKS_PER_REGION - 1)) * 4
+        return self.head.map_block(region)[start : start + length * 4].count(0) != length * 4
+
+    def _prepare_zero(self, block: int, length: int, keep_allocated: bool) -> None:
+        """Allocate what zeroing a piece of one region needs besides `_prepare`."""
+        if self._layered:
+            for first, _ in pieces(block, length):
+                self.marks.make_writable(first // BLOCKS_PER_ZONE)
+        if keep_allocated:
+            try:
+                for first, count in pieces(block, length):
+                    offset = (first + (first >> 10) + 2) << 12
+                    allocate(self._head_fd, offset, count * BLOCK_BYTES)
+            except OSError as error:
+                raise storage_error("reserving space in", self.head.path, error) from error
+
+    def _apply_zero(self, first_block: int, total: int, keep_allocated: bool) -> None:
+        """Zero prepared blocks: mark, map entries, index, and only then the space."""
+        explicit = self._layered or keep_allocated
+        entries = _ENTRY_RUNS[ZEROS if explicit else ABSENT]
+        for block, count in pieces(first_block, total):
+            in_head = self._head_slot in self._index[block : block + count]
+            if self._layered:
+                self.marks.mark(block, count, durable=in_head)
+            self.head.store(block, entries[:count])
+            self._index[block : block + count] = SLOT_RUNS[0][:count]
+            if not keep_allocated:
+                self.head.punch(block, count)
+            elif in_head:
+                self._clear_in_place(block, count)
+
+    def _clear_in_place(self, block: int, count: int) -> None:
+        """Overwrite data under ZEROS entries, so that recovery never takes it for a block's."""
+        self.head.write(block, memoryview(bytes(count * BLOCK_BYTES)))
+
+    # Reading
+
+    def read_into(
+        self,
+        first_block: int,
+        count: int,
+        target: memoryview,
+        layer_id: int = 0,
+        *,
+        nowait: bool = False,
+    ) -> int:
+        """Read blocks of the live volume, or of the snapshot that is layer `layer_id`.
+
+        `target` receives `count` u32 map entries (1 = zeros, else the checksum), then the data of
+        the blocks that are not zeros, densely. Returns the bytes used. With `nowait`, or in a
+        thread other than the event loop's, the result can be WOULD_BLOCK (-1): call again from a
+        thread, respectively from the event loop.
+        """
+        if not self.complete:
+            raise StateError(f"replica {self.path} is incomplete; read from another member")
+        if not nowait and threading.get_ident() != self._owner_thread:
+            return self._read_in_thread(first_block, count, target, layer_id)
+        flags = os.RWF_NOWAIT if nowait else 0
+        if count == 1 and layer_id == 0 and self._index_ready[first_block >> 12]:
+            slot = self._index[first_block]
+            if slot == 0:
+                _pack_entry(target, 0, ZEROS)
+                return 4
+            handle = self.handles[slot]
+            region = first_block >> 10
+            if handle is not None and handle.ready[region]:
+                offset = (first_block + region + 2) << 12
+                try:
+                    got = os.preadv(handle.fd, [target[4:4100]], offset, flags)
+                except BlockingIOError:
+                    return WOULD_BLOCK
+                except OSError as error:
+                    raise storage_error("reading layer", handle.path, error) from error
+                if got == BLOCK_BYTES:
+                    _pack_entry(target, 0, handle.map[first_block + (region << 20) + 1024])
+                    return 4100
+        return self._read_range(first_block, count, target, layer_id, flags)
+
+    def _read_range(
+        self, first_block: int, count: int, target: memoryview, layer_id: int, flags: int
+    ) -> int:
+        """Any read; entries are copied before the data they describe."""
+        used = 4 * count
+        entries = target[:used].cast("I")
+        done = 0
+        for block, length in pieces(first_block, count):
+            slots = self._slots_of(block, length, layer_id, flags)
+            if slots is None:
+                return WOULD_BLOCK
+            region, at = block >> 10, 0
+            while at < length:
+                slot, run = slots[at], run_length(slots, at)
+                if slot == 0:
+                    entries[done : done + run] = _ENTRY_RUNS[ZEROS][:run]
+                else:
+                    handle = self._handle(slot)
+                    if not handle.ready[region] and not handle.warm(region, flags):
+                        return WOULD_BLOCK
+                    number = block + at + (region << 20) + 1024
+                    entries[done : done + run] = handle.map[number : number + run]
+                    data = target[used : used + run * BLOCK_BYTES]
+                    if not _read_data(handle, block + at, data, flags):
+                        return WOULD_BLOCK
+                    used += run * BLOCK_BYTES
+                at += run
+                done += run
+        return used
+
+    def _read_in_thread(
+        self, first_block: int, count: int, target: memoryview, layer_id: int
+    ) -> int:
+        """A read racing with the event loop: believed only if it is consistent in itself."""
+        layout = self.layout
+        try:
+            used = self._read_range(first_block, count, target, layer_id, 0)
+        except StorageError:
+            if self.layout != layout:  # a layer went away meanwhile
+                return WOULD_BLOCK
+            raise
+        position = 4 * count
+        for entry in target[:position].cast("I"):
+            if entry == ZEROS:
+                continue
+            if block_checksum(target[position : position + BLOCK_BYTES]) != entry:
+                return WOULD_BLOCK
+            position += BLOCK_BYTES
+        return used if self.layout == layout and position == used else WOULD_BLOCK
+
+    def _handle(self, slot: int) -> LayerFile:
+        """The open file of a slot; a thread opens one for itself rather than change the tables."""
+        handle = self.handles[slot]
+        if handle is not None:
+            return handle
+        if threading.get_ident() == self._owner_thread:
+            return self.open_slot(slot)
+        return self.open_private(slot)
+
+    def _slots_of(self, block: int, count: int, layer_id: int, flags: int) -> bytes | None:
+        """The slots that hold blocks of one region; None: it would block."""
+        if layer_id == 0 or layer_id == self.metadata.head_id:
+            zone = block // BLOCKS_PER_ZONE
+            if not self._index_ready[zone] and not self.index.warm(zone, flags):
+                return None
+            return self._index[block : block + count]
+        region, start = block >> 10, block & (BLOCKS_PER_REGION - 1)
+        view = self.views.get((layer_id, region))
+        if view is None:
+            view = self._resolve_view(layer_id, region, flags)
+        return None if view is None else view[start : start + count]
+
+    def _resolve_view(self, layer_id: int, region: int, flags: int) -> bytes | None:
+        """The slots of a region as a snapshot sees it; None: it would block."""
+        all_layers = self.metadata.layers
+        if chain.find(all_layers, layer_id).removed:
+            raise NotFoundError(f"layer {layer_id} is deleted; list the snapshots and pick one")
+        maps = []
+        for info in chain.chain(all_layers, layer_id):
+            handle = self._handle(info.slot)
+            if not handle.ready[region] and not handle.warm(region, flags):
+                return None
+            maps.append((info.slot, handle.map_block(region)))
+        view = resolve(maps)
+        if threading.get_ident() == self._owner_thread:  # a thread's view may be outdated already
+            if len(self.views) >= VIEWS_MAX:
+                self.views.clear()
+            self.views[layer_id, region] = view
+        return view
+
+    def extents(
+        self, first_block: int, count: int, layer_id: int = 0, limit: int = 1 << 16
+    ) -> list[tuple[int, bool]]:
+        """(block count, is data) runs from `first_block` on, neighbours merged, at most `limit`."""
+        if not self.complete:
+            raise StateError(f"replica {self.path} is incomplete; read from another member")
+        found: list[tuple[int, bool]] = []
+        for block, length in pieces(first_block, count):
+            slots = self._slots_of(block, length, layer_id, 0)
+            assert slots is not None
+            kinds, at = slots.translate(_IS_DATA), 0
+            while at < length:
+                run, is_data = run_length(kinds, at), kinds[at] == 1
+                if found and found[-1][1] == is_data:
+                    found[-1] = (found[-1][0] + run, is_data)
+                elif len(found) == limit:
+                    return found
+                else:
+                    found.append((run, is_data))
+                at += run
+        return found
+
+    def resolve_live(self, region: int) -> bytes:
+        """What the index of a region must hold, from the maps of the live chain."""
+        layers = chain.chain(self.metadata.layers, self.metadata.head_id)
+        return resolve((info.slot, self._handle(info.slot).map_block(region)) for info in layers)
+
+    def rebuild_index(self, region: int) -> None:
+        """Store what `resolve_live` says; the zone's page is allocated."""
+        start = region * BLOCKS_PER_REGION
+        assert self._index_ready[region // REGIONS_PER_ZONE]
+        self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
+
+
+def _read_data(handle: LayerFile, block: int, data: memoryview, flags: int) -> bool:
+    """Read blocks of one region; False: it would block."""
+    offset = (block + (block >> 10) + 2) << 12
+    try:
+        got = os.preadv(handle.fd, [data], offset, flags)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise storage_error("reading layer", handle.path, error) from error
+    if got == len(data):
+        return True
+    if flags:
+        return False
+    handle.read(block, len(data) // BLOCK_BYTES, data)
+    return True
+
+
+def _split_zeros(first_block: int, data: memoryview, checksums: Sequence[int]) -> tuple[Runs, Runs]:
+    """(runs with data, runs of zeros) of a write."""
+    runs: dict[bool, Runs] = {False: [], True: []}
+    last = None
+    for number, checksum in enumerate(checksums):
+        start = number * BLOCK_BYTES
+        zeros = checksum == _ZERO_CHECKSUM and data[start : start + BLOCK_BYTES] == _ZERO_BLOCK
+        if zeros is last:
+            block, length = runs[zeros][-1]
+            runs[zeros][-1] = (block, length + 1)
+        else:
+            runs[zeros].append((first_block + number, 1))
+        last = zeros
+    return runs[False], runs[True]

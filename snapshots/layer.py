@@ -1,0 +1,243 @@
+"""One layer on disk: a sparse file of blocks with their checksums.
+
+Byte layout (all little-endian, block = 4096 bytes, region = 1024 blocks):
+
+    0                      header, one block: magic, version, layer id, volume size, owner, CRC32C
+    4096 + r * 1025 * 4096 map block of region r: 1024 u32, one per block
+    ... + 4096             the 4 MiB of data of region r
+
+so block b lies at file block b + (b >> 10) + 2, and its map entry is u32 number
+b + ((b >> 10) << 20) + 1024 of the file. Map and data of a region are neighbours in one file: one
+fdatasync makes both durable and a region is copied from one place.
+
+A map entry is 0 = absent (look in the parent), 1 = zeros, else the CRC32C of the block. The whole
+file is memory-mapped and shared; only map blocks are touched through the mapping, data goes through
+pread and pwrite. A mapped page that is not allocated must never be stored to (SIGBUS on a full
+disk) and one that is not in the page cache should not be touched in the event loop, therefore
+`ready` knows for each region: UNKNOWN < WARM (map block has been read once, so it is cached and
+readable) < WRITABLE (its space is allocated as well).
+
+Threads: the file descriptor and the mapping live exactly as long as the object. Whoever holds a
+reference can go on reading while the event loop forgets the layer, evicts or unlinks it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+
+from crc32c import crc32c
+
+from protocol.errors import StorageError
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
+from snapshots.masks import EMPTY_MAP
+from snapshots.syscalls import allocate, punch, storage_error, write_all
+
+FORMAT_VERSION = 1
+REGION_STRIDE_BYTES = BLOCK_BYTES + REGION_BYTES
+UNKNOWN, WARM, WRITABLE = 0, 1, 2
+
+_MAGIC = b"blockdLY"
+_HEADER = struct.Struct("<8sIIQ16sI")  # magic, version, layer id, size, owner, CRC of what precedes
+_scratch = bytearray(BLOCK_BYTES)  # what warming reads lands here and is never looked at
+
+
+def file_bytes(size_bytes: int) -> int:
+    """Length of a layer file; whole regions, so that every map block has its page."""
+    return BLOCK_BYTES + -(-size_bytes // REGION_BYTES) * REGION_STRIDE_BYTES
+
+
+def block_offset(block: int) -> int:
+    """Byte offset of a block's data."""
+    return (block + (block >> 10) + 2) << 12
+
+
+def entry_number(block: int) -> int:
+    """Number of a block's map entry, counted in u32 from the start of the file."""
+    return block + ((block >> 10) << 20) + 1024
+
+
+def map_offset(region: int) -> int:
+    """Byte offset of a region's map block."""
+    return BLOCK_BYTES + region * REGION_STRIDE_BYTES
+
+
+def layer_path(directory: str, layer_id: int) -> str:
+    """The file of a layer of the replica in `directory`."""
+    return os.path.join(directory, "layers", f"{layer_id}.layer")
+
+
+def _header(layer_id: int, size_bytes: int, replica_uuid: str) -> bytes:
+    owner = hashlib.blake2b(replica_uuid.encode(), digest_size=16).digest()
+    packed = _HEADER.pack(_MAGIC, FORMAT_VERSION, layer_id, size_bytes, owner, 0)[:-4]
+    return (packed + struct.pack("<I", crc32c(packed))).ljust(BLOCK_BYTES, b"\0")
+
+
+def create_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
+    """Make an empty layer file; nothing of it is durable yet. Leaves no file behind on failure."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            write_all(fd, _header(layer_id, size_bytes, replica_uuid), 0)
+            os.ftruncate(fd, file_bytes(size_bytes))
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise storage_error("creating layer", path, error) from error
+
+
+def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
+    """Refuse a layer file that is missing, of the wrong length or of someone else."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            header = file.read(BLOCK_BYTES)
+            length = os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"layer file {path} is missing; restore it or rebuild this replica from another"
+        ) from error
+    except OSError as error:
+        raise storage_error("opening layer", path, error) from error
+    if length != file_bytes(size_bytes):
+        raise StorageError(
+            f"layer file {path} is {length} bytes long, expected {file_bytes(size_bytes)}; "
+            "rebuild this replica from another"
+        )
+    if header != _header(layer_id, size_bytes, replica_uuid):
+        raise StorageError(
+            f"layer file {path} has a damaged header or belongs to another replica or layer "
+            f"(expected layer {layer_id}, format {FORMAT_VERSION}); rebuild this replica"
+        )
+
+
+class LayerFile:
+    """An open layer. See the module text for who may touch what."""
+
+    __slots__ = ("fd", "map", "mapped_bytes", "memory", "path", "ready", "region_count", "slot")
+
+    def __init__(self, path: str, slot: int, size_bytes: int) -> None:
+        self.path = path
+        self.slot = slot
+        self.fd = -1
+        try:
+            self.fd = os.open(path, os.O_RDWR)
+            self.mapped_bytes = os.fstat(self.fd).st_size
+            assert self.mapped_bytes == file_bytes(size_bytes), path
+            self.memory = mmap.mmap(self.fd, self.mapped_bytes)
+        except OSError as error:
+            raise storage_error("opening layer", path, error) from error
+        self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
+        self.map = memoryview(self.memory).cast("I")
+        self.region_count = -(-size_bytes // REGION_BYTES)
+        self.ready = bytearray(self.region_count)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def warm(self, region: int, flags: int = 0) -> bool:
+        """Bring a region's map block into the page cache; False: it would block (RWF_NOWAIT)."""
+        try:
+            got = os.preadv(self.fd, [_scratch], map_offset(region), flags)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise storage_error("reading the map of", self.path, error) from error
+        if got != BLOCK_BYTES:
+            return False
+        if self.ready[region] == UNKNOWN:
+            self.ready[region] = WARM
+        return True
+
+    def make_writable(self, region: int) -> None:
+        """Allocate a region's map block so that entries can be stored."""
+        if self.ready[region] == WRITABLE:
+            return
+        try:
+            allocate(self.fd, map_offset(region), BLOCK_BYTES)
+        except OSError as error:
+            raise storage_error("allocating the map of", self.path, error) from error
+        self.warm(region)
+        self.ready[region] = WRITABLE
+
+    def map_block(self, region: int) -> bytes:
+        """A copy of a region's 1024 map entries."""
+        if self.ready[region] == UNKNOWN:
+            self.warm(region)
+        start = map_offset(region)
+        return self.memory[start : start + BLOCK_BYTES]
+
+    def next_region(self, region: int) -> int:
+        """The first region from `region` on whose map has an entry, or -1."""
+        while region < self.region_count:
+            try:
+                offset = os.lseek(self.fd, map_offset(region), os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole is left
+                return -1
+            # Data that starts behind the map block: that map block is a hole, so it is empty.
+            behind = (offset - BLOCK_BYTES) % REGION_STRIDE_BYTES >= BLOCK_BYTES
+            found = (offset - BLOCK_BYTES) // REGION_STRIDE_BYTES
+            if found > region:
+                region = found
+                if behind:
+                    region += 1
+                    continue
+            elif behind:
+                region += 1
+                continue
+            if region < self.region_count and self.map_block(region) != EMPTY_MAP:
+                return region
+            region += 1
+        return -1
+
+    def regions(self) -> list[int]:
+        """All regions whose map has at least one entry."""
+        found = []
+        region = self.next_region(0)
+        while region >= 0:
+            found.append(region)
+            region = self.next_region(region + 1)
+        return found
+
+    def read(self, block: int, count: int, target: memoryview) -> None:
+        """Read the data of blocks of one region, waiting for the disk."""
+        length, offset, done = count * BLOCK_BYTES, block_offset(block), 0
+        try:
+            while done < length:
+                got = os.preadv(self.fd, [target[done:length]], offset + done)
+                if not got:
+                    raise StorageError(f"layer {self.path} ends early at byte {offset + done}")
+                done += got
+        except OSError as error:
+            raise storage_error("reading layer", self.path, error) from error
+
+    def write(self, block: int, data: memoryview) -> None:
+        """Write the data of blocks of one region; no map entry changes."""
+        try:
+            write_all(self.fd, data, block_offset(block))
+        except OSError as error:
+            raise storage_error("writing layer", self.path, error) from error
+
+    def punch(self, block: int, count: int) -> None:
+        """Give the data space of blocks of one region back; no map entry changes."""
+        try:
+            punch(self.fd, block_offset(block), count * BLOCK_BYTES)
+        except OSError as error:
+            raise storage_error("punching layer", self.path, error) from error
+
+    def store(self, block: int, entries: memoryview) -> None:
+        """Store map entries for blocks of one region, which is WRITABLE."""
+        region = block >> 10
+        assert self.ready[region] == WRITABLE, (self.path, region)
+        assert (block & (BLOCKS_PER_REGION - 1)) + len(entries) <= BLOCKS_PER_REGION
+        number = entry_number(block)
+        self.map[number : number + len(entries)] = entries
+
+    def allocated_bytes(self) -> int:
+        """Disk space in use."""
+        return os.fstat(self.fd).st_blocks * 512

@@ -1,0 +1,177 @@
+"""replica.json: what a replica knows about itself, replaced as a whole and never edited.
+
+Writing is: temporary file, fsync, rename, fsync of the directory; so a crash leaves the old or the
+new text, and a half-written temporary is overwritten by the next write. The text is canonical (keys
+sorted, fixed indentation) and carries a BLAKE2b checksum of itself without that line; anything that
+does not come out byte for byte the same when encoded again is refused.
+
+`Metadata` and `LayerInfo` are immutable: a change is a new value, made durable and then adopted.
+Writes may come from the event loop and from a flush thread; each text has a number, given when it
+was composed, and an older text never replaces a younger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from protocol.errors import StorageError
+from protocol.units import SNAPSHOTS_MAX
+from snapshots.syscalls import storage_error, sync_directory, write_all
+
+FORMAT_VERSION = 1
+FILE_NAME = "replica.json"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of the tree. `slot` is local; `id` is the same on every member."""
+
+    id: int
+    slot: int
+    parent: int = 0  # layer id, 0 = none
+    name: str = ""
+    created: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    removed: bool = False
+    allocated_bytes: int = 0  # filled by Replica.tree(), not stored
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The content of replica.json."""
+
+    replica_uuid: str
+    size_bytes: int
+    volume_uuid: str = ""
+    volume_name: str = ""
+    promised_epoch: int = 0
+    config_seq: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[LayerInfo, ...] = ()
+    head_id: int = 0  # 0 only between two steps of begin_sync
+    clean: bool = True
+    complete: bool = True
+
+
+def encode(metadata: Metadata) -> bytes:
+    """The canonical text."""
+    fields = asdict(metadata)
+    fields["format_version"] = FORMAT_VERSION
+    fields["layers"] = [
+        {key: value for key, value in layer.items() if key != "allocated_bytes"}
+        for layer in fields["layers"]
+    ]
+    fields["checksum"] = hashlib.blake2b(_text(fields), digest_size=16).hexdigest()
+    return _text(fields)
+
+
+def _text(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
+
+
+def decode(path: str, text: bytes) -> Metadata:
+    """The metadata in `text`, or StorageError; `path` is for the message."""
+    damaged = (
+        f"{path} is damaged (checksum or form does not match); restore it from a copy of this "
+        "directory, or remove the directory and rebuild the replica from another"
+    )
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise StorageError(damaged) from error
+    if not isinstance(fields, dict):
+        raise StorageError(damaged)
+    version = fields.pop("format_version", None)
+    checksum = fields.pop("checksum", None)
+    expected = hashlib.blake2b(_text({**fields, "format_version": version}), digest_size=16)
+    if checksum != expected.hexdigest():
+        raise StorageError(damaged)
+    if version != FORMAT_VERSION:
+        raise StorageError(
+            f"{path} has format version {version}, this program knows {FORMAT_VERSION}; "
+            "open it with the version of blockd that wrote it"
+        )
+    try:
+        layers = tuple(LayerInfo(**layer) for layer in fields.pop("layers"))
+        metadata = Metadata(layers=layers, **fields)
+    except (KeyError, TypeError) as error:
+        raise StorageError(damaged) from error
+    if encode(metadata) != text:
+        raise StorageError(damaged)
+    check_tree(path, metadata)
+    return metadata
+
+
+def check_tree(path: str, metadata: Metadata) -> None:
+    """Refuse a tree that cannot be: double ids or slots, unknown parents, cycles, no head."""
+    by_id = {layer.id: layer for layer in metadata.layers}
+    slots = {layer.slot for layer in metadata.layers}
+    well_formed = (
+        len(by_id) == len(slots) == len(metadata.layers) <= SNAPSHOTS_MAX + 1
+        and all(0 < slot <= SNAPSHOTS_MAX + 1 for slot in slots)
+        and (metadata.head_id in by_id or (metadata.head_id == 0 and not by_id))
+        and all(0 < layer.id < 1 << 32 for layer in metadata.layers)
+    )
+    for layer in metadata.layers:
+        steps, current = 0, layer
+        while well_formed and current.parent:
+            steps += 1
+            well_formed = current.parent in by_id and steps <= len(by_id)
+            current = by_id.get(current.parent, current)
+    if not well_formed:
+        raise StorageError(f"{path} holds an impossible layer tree; rebuild this replica")
+
+
+class MetadataFile:
+    """replica.json in one directory, written from two threads in composition order."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self.path = os.path.join(directory, FILE_NAME)
+        self._lock = threading.Lock()  # held for one write; see the module text
+        self._composed = 0
+        self._written = 0
+
+    def read(self) -> Metadata:
+        """The durable content."""
+        try:
+            with open(self.path, "rb") as file:
+                text = file.read(16 << 20)  # 255 layers with labels are far below 16 MiB
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self._directory} is not a replica directory: {FILE_NAME} is missing; "
+                "check the path, or create the replica first"
+            ) from error
+        except OSError as error:
+            raise storage_error("reading", self.path, error) from error
+        return decode(self.path, text)
+
+    def compose(self, metadata: Metadata) -> tuple[int, bytes]:
+        """The numbered text of `metadata`, to be passed to `write` (event loop only)."""
+        self._composed += 1
+        return self._composed, encode(metadata)
+
+    def write(self, numbered: tuple[int, bytes]) -> None:
+        """Make a text durable unless a younger one is already; any thread."""
+        number, text = numbered
+        with self._lock:
+            if number <= self._written:
+                return
+            temporary = self.path + ".tmp"
+            try:
+                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                try:
+                    write_all(fd, text, 0)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.rename(temporary, self.path)
+                sync_directory(self._directory)
+            except OSError as error:
+                raise storage_error("writing", self.path, error) from error
+            self._written = number

@@ -1,0 +1,79 @@
+"""Opening after a crash: make the dirty zones consistent again, look at nothing else.
+
+A crash (kill -9 or power cut) can leave, in dirty zones only and only for writes no completed flush
+covers: data without its map entry, an entry without its data, a block torn between two writes, a
+wrong index byte, data under an entry that does not name it. Sealed layers are durable before
+replica.json names them as sealed, so only the head is checked. For each head block whose entry is
+a checksum the data does not have:
+
+- data not all zeros: it is the old or new content (or a mix of a torn write); the entry is
+  computed anew from the data;
+- data all zeros: a head with a parent never stores zeros as data, so the data of this entry never
+  reached the disk. What was there before? With a mark (zeroed.py) zeros: the entry becomes ZEROS.
+  Without one the block was new to the head: ABSENT, the parent's content shows again.
+
+Then all space under entries that are not checksums is given back, and the zone's index page is
+rebuilt from the maps of the chain. The zones stay dirty until a later flush and index sync: they
+may differ from other members (`Store.recovered_zones`).
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+
+from protocol.checksum import ABSENT, ZEROS, block_checksum
+from protocol.errors import StorageError
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES, REGIONS_PER_ZONE
+from snapshots.datapath import DataPath
+from snapshots.masks import EVERY_BLOCK, masks, runs
+
+_ZERO_BLOCK = bytes(BLOCK_BYTES)
+
+
+def recover(store: DataPath) -> list[int]:
+    """Repair every dirty zone, durably; returns them."""
+    zones = store.dirty.dirty_zones()
+    if not zones:
+        return zones
+    buffer = memoryview(bytearray(REGION_BYTES))
+    for zone in zones:
+        store.index.make_writable(zone)
+        first = zone * REGIONS_PER_ZONE
+        for region in range(first, min(first + REGIONS_PER_ZONE, store.head.region_count)):
+            _recover_head_region(store, region, buffer)
+            store.rebuild_index(region)
+    try:
+        os.fdatasync(store.head.fd)
+        store.index.sync()
+    except OSError as error:
+        raise StorageError(f"making the recovery of {store.path} durable: {error}") from error
+    return zones
+
+
+def _recover_head_region(store: DataPath, region: int, buffer: memoryview) -> None:
+    head = store.head
+    first_block = region * BLOCKS_PER_REGION
+    map_block = head.map_block(region)
+    _, data = masks(map_block)
+    entries = array("I", map_block)
+    repaired = False
+    for start, count in runs(data):
+        content = buffer[: count * BLOCK_BYTES]
+        head.read(first_block + start, count, content)
+        for number in range(count):
+            block = content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+            checksum = block_checksum(block)
+            if checksum == entries[start + number]:
+                continue
+            if bytes(block) == _ZERO_BLOCK:
+                marked = store.marks.marked(first_block + start + number)
+                checksum = ZEROS if marked else ABSENT
+            entries[start + number] = checksum
+            repaired = True
+    if repaired:
+        head.make_writable(region)
+        head.store(first_block, memoryview(entries))
+        _, data = masks(entries.tobytes())
+    for start, count in runs(EVERY_BLOCK & ~data):
+        head.punch(first_block + start, count)
