@@ -94,7 +94,16 @@ class Rebuild:
             }
             for layer in record.layers
         ]
-        tree.append({"id": record.head_id, "parent": record.head_parent})
+        tree.append(
+            {
+                "id": record.head_id,
+                "parent": record.head_parent,
+                "name": "",
+                "created": "",
+                "labels": {},
+                "removed": False,
+            }
+        )
         self._layers = parents_first(tree)
         content = {
             "do": "begin_sync",

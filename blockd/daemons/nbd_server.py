@@ -207,10 +207,10 @@ class NbdConnection:
 
     def _run(self, batch: list[requests.Request]) -> None:
         engine, size, layer_id = self._engine, self._size_bytes, self.layer_id
-        if self._leaving:
-            return  # what follows a DISC means nothing
         engine.next_turn()
         for request in batch:
+            if self._leaving:
+                return  # what follows a DISC means nothing
             self._under_way += 1
             command, flags, cookie, offset, length, payload = request
             if (
@@ -226,8 +226,6 @@ class NbdConnection:
                     engine.write(self, (cookie, 1), offset, payload, False)  # type: ignore[arg-type]
             else:
                 self._run_other(request)
-                if self._leaving:
-                    break
 
     def _run_other(self, request: requests.Request) -> None:
         command, flags, cookie, offset, length, payload = request

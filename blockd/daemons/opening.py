@@ -222,15 +222,12 @@ def _equal_members(
     if was_clean or len(candidates) == 1:
         return candidates
     positions = {
-        (promised[uuid]["applied_epoch"], promised[uuid]["applied_sequence"]) for uuid in candidates
+        uuid: (*promised[uuid]["position"], promised[uuid]["head_id"]) for uuid in candidates
     }
-    if len(positions) == 1 and positions != {(0, 0)}:
+    if len(set(positions.values())) == 1 and positions[candidates[0]][0]:
         return candidates
     # The process that lived on has what was acknowledged last; among equals any will do.
-    source = max(
-        candidates,
-        key=lambda uuid: (promised[uuid]["applied_epoch"], promised[uuid]["applied_sequence"]),
-    )
+    source = max(candidates, key=lambda uuid: positions[uuid])
     log(f"volume {record.volume_name} was not closed cleanly: replica {source} is the source")
     return [source]
 

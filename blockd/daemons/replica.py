@@ -37,15 +37,15 @@ class ReplicaDaemon:
         self.writes = 0
         self.flushes = 0
         self._started = process.timestamp()
-        self._clean_start = replica.clean_start
+        self._clean_start = not replica.recovered_zones
         self._incarnation = os.urandom(8).hex()
         self._boot_id = process.boot_id()
         self._sessions: set[ReplicaSession] = set()
         self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
         self._flushing = False
         self._maintaining = False
-        self.applied_sequence = 0  # of the newest fenced session: the place in the volume's order
-        self._applied_epoch = 0
+        self.epoch = 0  # of the newest fenced session
+        self.position = (0, 0)  # epoch and sequence of the last write or zero applied
         self._folding_paused_by: set[ReplicaSession] = set()
         self._control: ControlServer | None = None
         self._socket, self.address = addresses.listen(listen)
@@ -87,8 +87,7 @@ class ReplicaDaemon:
             "clean_start": self._clean_start,
             "incarnation": self._incarnation,
             "boot_id": self._boot_id,
-            "applied_epoch": self._applied_epoch,
-            "applied_sequence": self.applied_sequence,
+            "position": list(self.position),
             "head_id": metadata.head_id,
             "layers": [_layer(info) for info in self.replica.tree()],
         }
@@ -109,7 +108,7 @@ class ReplicaDaemon:
         for other in list(self._sessions):
             if other is not session and other.fenced:
                 other.close(f"fenced by epoch {epoch}")
-        self._fenced_epoch = epoch
+        self.epoch = epoch
 
     def flush(self, done: Callable[[BlockdError | None], None]) -> None:
         """Make everything applied so far durable. Calls that come meanwhile share the next one."""
@@ -131,11 +130,10 @@ class ReplicaDaemon:
         def ended(result: Any, failure: BaseException | None) -> None:
             self._flushing = False
             error: BlockdError | None = None
-            if failure is None:
-                self.replica.flush_end(job)
-            elif isinstance(failure, BlockdError):
+            self.replica.flush_end(job)
+            if isinstance(failure, BlockdError):
                 error = failure
-            else:
+            elif failure is not None:
                 error = StorageError(f"flush failed: {failure}")
             if error is not None:
                 process.log(str(error))

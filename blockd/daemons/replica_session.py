@@ -96,6 +96,12 @@ class ReplicaSession:
             else:
                 for frame in frames:
                     self._introduce(frame)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # Only the JSON of control messages can do this; the peer is broken, we are not.
+            self._refuse(0, wire.WireError(f"a control message is malformed: {error!r}"))
+            self.flush()
+            self.close(f"a control message is malformed: {error!r}")
+            return
         except (PeerError, RequestError, ConflictError) as error:
             self._refuse(0, error)
             self.flush()
@@ -242,12 +248,17 @@ class ReplicaSession:
                 applied = sequence
             else:
                 if applied:
-                    self._answer(wire.APPLIED, applied)
+                    self._applied(applied)
                     applied = 0
                 self._other(frame)
         if applied:
-            self._answer(wire.APPLIED, applied)
-            self._daemon.worked()
+            self._applied(applied)
+
+    def _applied(self, sequence: int) -> None:
+        daemon = self._daemon
+        daemon.position = (daemon.epoch, sequence)
+        self._answer(wire.APPLIED, sequence)
+        daemon.worked()
 
     def _check_range(self, offset: int, length: int) -> None:
         if (offset | length) & (BLOCK_BYTES - 1) or not length:
