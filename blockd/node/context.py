@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from blockd.frontends.base import Target
 from blockd.node.home import Home
-from blockd.node.objects import Replica, Snapshot, Volume
+from blockd.node.objects import (
+    Metadata,
+    Replica,
+    ReplicaSpec,
+    Snapshot,
+    Volume,
+    new_uid,
+)
 from blockd.node.store import Store
 from blockd.node.supervisor import DaemonSpec, Supervisor
 from replication.authority import Authority
@@ -38,6 +45,21 @@ class Context:
         """The snapshots of a volume, oldest first."""
         found = [item for item in self.store.list(Snapshot) if item.spec.volume == volume]
         return sorted(found, key=_snapshot_age)
+
+    def new_replica(self, volume: str) -> Replica:
+        """Make the object of one more replica; a pass starts its daemon."""
+        uid = new_uid()
+        return self.store.create(
+            Replica(
+                metadata=Metadata(name=uid, uid=uid, finalizers=[REPLICA_FINALIZER]),
+                spec=ReplicaSpec(
+                    volume=volume,
+                    node=self.node_name,
+                    disk=f"{self.node_name}-replicas",
+                    path=str(self.home.replicas_directory(volume) / uid),
+                ),
+            )
+        )
 
     def replica_daemon(self, volume: Volume, replica: Replica) -> DaemonSpec:
         """The daemon of one replica. It makes the directory only the first time."""

@@ -15,10 +15,10 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from blockd.node.context import REPLICA_FINALIZER, Context, log, replica_address
+from blockd.node.context import Context, log, replica_address
 from blockd.node.control import Answer
 from blockd.node.home import private_directory
-from blockd.node.objects import Metadata, Replica, ReplicaSpec, Volume, new_uid, utc_now
+from blockd.node.objects import Replica, Volume, utc_now
 from blockd.node.store import modify, modify_status
 from protocol.errors import BlockdError, PeerError, StorageError
 from replication.authority import IN_SYNC, Record
@@ -45,23 +45,6 @@ class ReplicaReconciler:
             for replica in replicas
         ]
 
-    def add(self, volume: Volume) -> Replica:
-        """A new replica object; the next pass starts its daemon."""
-        context = self._context
-        uid = new_uid()
-        path = context.home.replicas_directory(volume.metadata.name) / uid
-        return context.store.create(
-            Replica(
-                metadata=Metadata(name=uid, uid=uid, finalizers=[REPLICA_FINALIZER]),
-                spec=ReplicaSpec(
-                    volume=volume.metadata.name,
-                    node=context.node_name,
-                    disk=f"{context.node_name}-replicas",
-                    path=str(path),
-                ),
-            )
-        )
-
     def destroy(self, volume: Volume, replica: Replica) -> None:
         """Stop the daemon, remove the directory, let the object go."""
         context = self._context
@@ -79,7 +62,7 @@ class ReplicaReconciler:
         live = [item for item in replicas if item.metadata.deleted is None]
         if not volume.status.established:
             for _ in range(volume.spec.replicas - len(live)):
-                self.add(volume)
+                self._context.new_replica(volume.metadata.name)
             return
         if record is None:
             return
@@ -92,7 +75,7 @@ class ReplicaReconciler:
         serving = any(i.metadata.name in in_sync and i.status.state == "running" for i in live)
         filling = any(i.metadata.name not in in_sync and i not in lost for i in live)
         if serving and not filling and self._short_for_long(volume):
-            made = self.add(volume)
+            made = self._context.new_replica(volume.metadata.name)
             log.info(
                 "volume %s: replica %s added to replace a lost one",
                 volume.metadata.name,

@@ -1,0 +1,440 @@
+"""What the doors ask for: check, write the spec, wait for the status.
+
+Every function returns the object's view once what was asked for is so, and raises an error family
+otherwise. With `wait_seconds` 0 it returns at once after the spec is written. When a wish is
+refused for good while someone waits for it (busy device, missing program), it is taken back, so
+that it does not come true by surprise later.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from blockd.frontends import check as check_front_end
+from blockd.frontends import choose
+from blockd.node import mounts
+from blockd.node.context import SNAPSHOT_FINALIZER, VOLUME_FINALIZER, Context
+from blockd.node.objects import (
+    BLOCK_SIZES,
+    Metadata,
+    Mount,
+    Problem,
+    Replica,
+    Revert,
+    Snapshot,
+    SnapshotSpec,
+    Volume,
+    VolumeSpec,
+    new_uid,
+    snapshot_key,
+)
+from blockd.node.store import find, modify
+from blockd.node.views import (
+    ReplicaView,
+    SnapshotView,
+    VolumeView,
+    snapshot_view,
+    volume_view,
+)
+from protocol.errors import (
+    ConflictError,
+    DeadlineError,
+    NotFoundError,
+    RequestError,
+    from_code,
+)
+from protocol.units import REPLICAS_MAX, SNAPSHOTS_MAX, check_name, check_size
+from replication.authority import IN_SYNC
+
+POLL_SECONDS = 0.05
+REBUILD_WAIT_SECONDS_MAX = 7 * 86_400
+MOUNT_PATH_BYTES_MAX = 4095  # PATH_MAX without the final zero
+
+
+class Operations:
+    """The verbs of the API."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._store = context.store
+
+    # -- volumes --------------------------------------------------------------------------------
+
+    def volumes(self) -> list[VolumeView]:
+        """All volumes."""
+        return [volume_view(self._context, item) for item in self._store.list(Volume)]
+
+    def volume(self, name: str) -> VolumeView:
+        """One volume."""
+        return volume_view(self._context, self._volume(name))
+
+    def create(
+        self, name: str, spec: VolumeSpec, labels: dict[str, str], wait_seconds: float
+    ) -> VolumeView:
+        """A new, detached volume."""
+        check_name("volume", name)
+        check_size(spec.size_bytes)
+        _check_range("replicas", spec.replicas, 1, REPLICAS_MAX)
+        _check_range("rebuild wait", spec.rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
+        if spec.block_size not in BLOCK_SIZES:
+            raise RequestError(f"block size {spec.block_size} is not supported; choose 4096 or 512")
+        metadata = Metadata(name=name, labels=labels, finalizers=[VOLUME_FINALIZER])
+        made = self._store.create(Volume(metadata=metadata, spec=spec))
+        if wait_seconds > 0:
+            try:
+                self._await(made, lambda v: v.status.established, wait_seconds, "created")
+            except DeadlineError:
+                raise
+            except Exception:
+                self._store.delete(Volume, name)
+                raise
+        return self.volume(name)
+
+    def remove(self, name: str, force: bool, wait_seconds: float) -> None:
+        """Remove a volume with all its data."""
+        volume = self._volume(name)
+        if volume.spec.attached or volume.status.frontend is not None:
+            if not force:
+                raise ConflictError(
+                    f"volume {name} is attached; detach it first (`blockd volume detach {name}`), "
+                    "or remove it with --force"
+                )
+            modify(self._store, Volume, name, _want_detached)
+        self._store.delete(Volume, name)
+        uid, deadline = volume.metadata.uid, time.monotonic() + wait_seconds
+        while wait_seconds > 0:
+            left = find(self._store, Volume, name)
+            if left is None or left.metadata.uid != uid:
+                return
+            problem = left.status.problem
+            seen = left.status.observed_generation >= left.metadata.generation
+            _refuse_if_final(problem if force and seen else None)
+            if time.monotonic() > deadline:
+                raise DeadlineError(_late(f"volume {name} is not removed", wait_seconds, left))
+            time.sleep(POLL_SECONDS)
+
+    def attach(self, name: str, frontend: str, wait_seconds: float) -> VolumeView:
+        """Make the volume reachable."""
+        volume = self._volume(name)
+        check_front_end(frontend)
+        current = volume.status.frontend
+        if volume.spec.attached and frontend not in ("auto", current or frontend):
+            raise ConflictError(
+                f"volume {name} is attached through {current}; detach it first to use {frontend}"
+            )
+        choose(frontend)  # says what is missing before anything is started
+
+        def want(item: Volume) -> None:
+            item.spec.attached = True
+            if not volume.spec.attached:
+                item.spec.frontend = frontend
+
+        wanted = modify(self._store, Volume, name, want)
+        undo = _want_detached if not volume.spec.attached else None
+        self._await(wanted, lambda v: v.status.state == "attached", wait_seconds, "attached", undo)
+        return self.volume(name)
+
+    def detach(self, name: str, wait_seconds: float) -> VolumeView:
+        """Take the volume's device down; refused while something uses it."""
+        volume = self._volume(name)
+        if volume.status.mount is not None:
+            raise ConflictError(
+                f"volume {name} is mounted at {volume.status.mount}; unmount it first: "
+                f"`blockd volume umount {name}`"
+            )
+        before = volume.spec
+
+        def want(item: Volume) -> None:
+            item.spec.attached, item.spec.mount = False, None
+
+        def undo(item: Volume) -> None:
+            item.spec.attached = before.attached
+
+        wanted = modify(self._store, Volume, name, want)
+        self._await(
+            wanted,
+            lambda v: v.status.frontend is None and v.status.state == "detached",
+            wait_seconds,
+            "detached",
+            undo,
+        )
+        return self.volume(name)
+
+    def mount(self, name: str, path: str | None, fs: str, wait_seconds: float) -> VolumeView:
+        """Mount an attached volume; a blank one gets a file system."""
+        volume = self._volume(name)
+        mounts.check_file_system(fs)
+        where = _check_path(path) if path else str(self._context.home.mount_point(name))
+        if not volume.spec.attached:
+            raise ConflictError(
+                f"volume {name} is detached; attach it first: `blockd volume attach {name}`"
+            )
+        if volume.status.mount not in (None, where):
+            raise ConflictError(
+                f"volume {name} is mounted at {volume.status.mount} already; unmount it first: "
+                f"`blockd volume umount {name}`"
+            )
+        if volume.status.frontend == "socket":
+            raise ConflictError(
+                f"volume {name} has no device: front end socket gives none; detach it and "
+                "attach it with --frontend fuse to mount it"
+            )
+        wanted = modify(
+            self._store, Volume, name, lambda v: setattr(v.spec, "mount", Mount(where, fs))
+        )
+        self._await(
+            wanted,
+            lambda v: v.status.mount == where,
+            wait_seconds,
+            "mounted",
+            None if volume.spec.mount else lambda v: setattr(v.spec, "mount", None),
+        )
+        return self.volume(name)
+
+    def unmount(self, name: str, wait_seconds: float) -> VolumeView:
+        """Unmount a volume; it stays attached."""
+        volume = self._volume(name)
+        before = volume.spec.mount
+        wanted = modify(self._store, Volume, name, lambda v: setattr(v.spec, "mount", None))
+        self._await(
+            wanted,
+            lambda v: v.status.mount is None,
+            wait_seconds,
+            "unmounted",
+            lambda v: setattr(v.spec, "mount", before),
+        )
+        return self.volume(name)
+
+    # -- snapshots ------------------------------------------------------------------------------
+
+    def snapshot(self, volume: str, name: str) -> SnapshotView:
+        """One snapshot that is there."""
+        self._volume(volume)
+        item = find(self._store, Snapshot, snapshot_key(volume, name))
+        if item is None or not item.status.ready:
+            raise NotFoundError(
+                f"snapshot {volume}@{name} does not exist; see `blockd snapshot ls {volume}`"
+            )
+        return snapshot_view(item)
+
+    def snapshot_create(
+        self, volume: str, name: str, labels: dict[str, str], wait_seconds: float
+    ) -> SnapshotView:
+        """A new snapshot; durable when this returns after a wait."""
+        self._volume(volume)
+        check_name("snapshot", name)
+        key = snapshot_key(volume, name)
+        count = len(self._context.snapshots_of(volume))
+        if count >= SNAPSHOTS_MAX and find(self._store, Snapshot, key) is None:
+            raise ConflictError(
+                f"volume {volume} has {count} snapshots, the limit is {SNAPSHOTS_MAX}; remove "
+                f"one first: `blockd snapshot rm {volume}@NAME`"
+            )
+        metadata = Metadata(name=key, labels=labels, finalizers=[SNAPSHOT_FINALIZER])
+        item = self._store.create(Snapshot(metadata=metadata, spec=SnapshotSpec(volume, name)))
+        deadline = time.monotonic() + wait_seconds
+        while wait_seconds > 0 and not item.status.ready:
+            problem = item.status.problem
+            if problem is not None and not problem.retry:
+                self._store.delete(Snapshot, key)
+                _refuse_if_final(problem)
+            if time.monotonic() > deadline:
+                reason = problem or self._volume(volume).status.problem
+                raise DeadlineError(
+                    f"snapshot {key} is not made after {wait_seconds:g} s and still wanted"
+                    + (f": {reason.message}" if reason else "")
+                )
+            time.sleep(POLL_SECONDS)
+            item = self._store.get(Snapshot, key)
+        return snapshot_view(item)
+
+    def snapshot_remove(self, volume: str, name: str, wait_seconds: float) -> None:
+        """Remove a snapshot."""
+        self.snapshot(volume, name)
+        key = snapshot_key(volume, name)
+        self._store.delete(Snapshot, key)
+        deadline = time.monotonic() + wait_seconds
+        while wait_seconds > 0 and (left := find(self._store, Snapshot, key)) is not None:
+            if left.metadata.deleted is None:
+                return  # a new one of the same name
+            _refuse_if_final(left.status.problem)
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"snapshot {key} is not removed after {wait_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def revert(self, volume: str, name: str, force: bool, wait_seconds: float) -> VolumeView:
+        """Give a volume the content of a snapshot."""
+        item = self._volume(volume)
+        self.snapshot(volume, name)
+        if item.spec.attached and not force:
+            raise ConflictError(
+                f"volume {volume} is attached; detach it first, or use --force: it is unmounted, "
+                "reverted and put back"
+            )
+        revert = Revert(id=new_uid(), snapshot=name, force=force)
+        wanted = modify(self._store, Volume, volume, lambda v: setattr(v.spec, "revert", revert))
+
+        def done(item: Volume) -> bool:
+            if item.status.revert_id != revert.id:
+                return False
+            _refuse(item.status.revert_problem)
+            settled = item.status.observed_generation >= wanted.metadata.generation
+            return settled and item.status.problem is None
+
+        self._await(wanted, done, wait_seconds, f"reverted to {name}")
+        return self.volume(volume)
+
+    # -- replicas -------------------------------------------------------------------------------
+
+    def replica_add(self, volume: str, wait_seconds: float) -> VolumeView:
+        """One more copy; it is OUT until a rebuild has filled it."""
+        item = self._volume(volume)
+        if item.metadata.deleted or not item.status.established:
+            raise ConflictError(f"volume {volume} is not ready for another replica; try later")
+        live = self._live_replicas(volume)
+        if len(live) >= REPLICAS_MAX:
+            raise ConflictError(
+                f"volume {volume} has {len(live)} replicas, the limit is {REPLICAS_MAX}"
+            )
+        uid = self._context.new_replica(volume).metadata.name
+        if len(live) + 1 > item.spec.replicas:
+            modify(
+                self._store, Volume, volume, lambda v: setattr(v.spec, "replicas", len(live) + 1)
+            )
+        self._await(item, lambda v: self._is_member(volume, uid), wait_seconds, "extended")
+        return self.volume(volume)
+
+    def replica_remove(self, volume: str, replica: str, wait_seconds: float) -> VolumeView:
+        """One copy less. A good copy that goes lowers the wanted count, a lost one does not."""
+        view = self._replica_view(volume, replica)
+        others = [
+            other
+            for other in self.volume(volume).replicas
+            if other.id != view.id and other.state == IN_SYNC
+        ]
+        if view.state == IN_SYNC and not others:
+            raise ConflictError(
+                f"replica {replica} is the last one of volume {volume} in sync; add another and "
+                f"rebuild it first: `blockd replica add {volume}`"
+            )
+        if view.state == IN_SYNC:
+            left = len(self._live_replicas(volume)) - 1
+            modify(
+                self._store,
+                Volume,
+                volume,
+                lambda v: setattr(v.spec, "replicas", max(1, min(v.spec.replicas, left))),
+            )
+        item = self._volume(volume)
+        self._store.delete(Replica, view.id)
+        self._await(
+            item,
+            lambda v: find(self._store, Replica, view.id) is None,
+            wait_seconds,
+            f"rid of replica {replica}",
+        )
+        return self.volume(volume)
+
+    def rebuild(self, volume: str, replica: str | None, wait_seconds: float) -> VolumeView:
+        """Start the rebuild of one replica, or of all that are OUT; refused if there is none."""
+        item = self._volume(volume)
+        views = self.volume(volume).replicas
+        if replica is not None:
+            views = [self._replica_view(volume, replica)]
+        views = [view for view in views if view.state not in (IN_SYNC, "SYNCING")]
+        if not views:
+            return self.volume(volume)
+        request = new_uid()
+        for view in views:
+            modify(self._store, Replica, view.id, lambda r: setattr(r.spec, "rebuild_id", request))
+
+        def started(_: Volume) -> bool:
+            items = [find(self._store, Replica, view.id) for view in views]
+            return all(i is None or i.status.rebuild_id == request for i in items)
+
+        self._await(item, started, wait_seconds, "rebuilding")
+        return self.volume(volume)
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _volume(self, name: str) -> Volume:
+        item = find(self._store, Volume, name)
+        if item is None:
+            raise NotFoundError(f"volume {name} does not exist; see `blockd volume ls`")
+        return item
+
+    def _live_replicas(self, volume: str) -> list[Replica]:
+        return [i for i in self._context.replicas_of(volume) if i.metadata.deleted is None]
+
+    def _replica_view(self, volume: str, replica: str) -> ReplicaView:
+        for view in self.volume(volume).replicas:
+            if view.id == replica:
+                return view
+        raise NotFoundError(
+            f"volume {volume} has no replica {replica}; see `blockd replica ls {volume}`"
+        )
+
+    def _is_member(self, volume: str, uid: str) -> bool:
+        record = self._context.authority.load(self._volume(volume).metadata.uid)
+        return record is not None and uid in record.members
+
+    def _await(
+        self,
+        wanted: Volume,
+        done: Callable[[Volume], bool],
+        wait_seconds: float,
+        what: str,
+        undo: Callable[[Volume], None] | None = None,
+    ) -> None:
+        """Wait until `done`; a problem that waiting cannot solve is raised, after `undo`."""
+        name, generation = wanted.metadata.name, wanted.metadata.generation
+        deadline = time.monotonic() + wait_seconds
+        while wait_seconds > 0:
+            item = self._volume(name)
+            settled = item.status.observed_generation >= generation
+            if settled and item.status.problem is None and done(item):
+                return
+            if settled and item.status.problem is not None and not item.status.problem.retry:
+                if undo is not None:
+                    modify(self._store, Volume, name, undo)
+                _refuse_if_final(item.status.problem)
+            if time.monotonic() > deadline:
+                raise DeadlineError(_late(f"volume {name} is not {what}", wait_seconds, item))
+            time.sleep(POLL_SECONDS)
+
+
+def _refuse(problem: Problem | None) -> None:
+    if problem is not None:
+        error = from_code(problem.code, problem.message)
+        error.retry = problem.retry
+        raise error
+
+
+def _refuse_if_final(problem: Problem | None) -> None:
+    if problem is not None and not problem.retry:
+        _refuse(problem)
+
+
+def _late(what: str, wait_seconds: float, item: Volume) -> str:
+    reason = item.status.problem.message if item.status.problem else item.status.message
+    return f"{what} after {wait_seconds:g} s and still wanted" + (f": {reason}" if reason else "")
+
+
+def _want_detached(item: Volume) -> None:
+    item.spec.attached, item.spec.mount = False, None
+
+
+def _check_range(what: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise RequestError(f"{what} {value:g} is outside {least:g} to {most:g}")
+
+
+def _check_path(path: str) -> str:
+    if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > MOUNT_PATH_BYTES_MAX:
+        raise RequestError(f"mount point {path!r} is not usable; give an absolute path")
+    clean = os.path.normpath(path)
+    if clean == "/":
+        raise RequestError("mount point / is the root of this machine; choose another directory")
+    return clean

@@ -1,0 +1,173 @@
+"""What the API shows: objects, joined with what the running daemons say this moment.
+
+`VolumeView` is exactly what `blockd volume show -o json` prints.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from blockd.node import control
+from blockd.node.context import Context
+from blockd.node.control import Answer
+from blockd.node.objects import Mount, Replica, Snapshot, Volume
+from blockd.node.reconcile_volumes import daemon_health, record_health
+from protocol.errors import BlockdError
+from replication.authority import Record
+
+STATUS_SECONDS = 1.0  # a person waits for this answer; an older state is better than none
+
+
+class ReplicaView(msgspec.Struct):
+    """One copy. `state` is the member state, or NEW before it is a member."""
+
+    id: str
+    state: str
+    address: str | None
+    path: str
+    pid: int | None
+    connected: bool
+    rebuild_fraction: float | None
+    allocated_bytes: int
+    message: str | None
+
+
+class SnapshotView(msgspec.Struct):
+    """One snapshot; `id` is its layer."""
+
+    name: str
+    volume: str
+    id: int | None
+    parent: int | None
+    created: str | None
+    labels: dict[str, str]
+    ready: bool
+    size_bytes: int
+
+
+class VolumeView(msgspec.Struct):
+    """One volume."""
+
+    name: str
+    uid: str
+    size_bytes: int
+    allocated_bytes: int
+    block_size: int
+    replica_count: int
+    state: str
+    health: str
+    frontend: str | None
+    device: str | None
+    nbd_uri: str | None
+    mount: Mount | None
+    epoch: int
+    pid: int | None
+    message: str | None
+    created: str
+    labels: dict[str, str]
+    replicas: list[ReplicaView]
+    snapshots: list[SnapshotView]
+
+
+def volume_view(context: Context, volume: Volume) -> VolumeView:
+    """A volume as it is now."""
+    name, status = volume.metadata.name, volume.status
+    record = context.authority.load(volume.metadata.uid)
+    answer = _daemon_answer(context, volume)
+    replicas = [
+        replica_view(item, record, answer)
+        for item in context.replicas_of(name)
+        if item.metadata.deleted is None
+    ]
+    health = record_health(volume, record)
+    if answer is not None:
+        health = daemon_health(volume, answer)
+    elif volume.spec.attached and status.state in ("attached", "error"):
+        health = "faulted"
+    fs = volume.spec.mount.fs if volume.spec.mount else "unknown"
+    return VolumeView(
+        name=name,
+        uid=volume.metadata.uid,
+        size_bytes=volume.spec.size_bytes,
+        allocated_bytes=max((item.allocated_bytes for item in replicas), default=0),
+        block_size=volume.spec.block_size,
+        replica_count=volume.spec.replicas,
+        state="removing" if volume.metadata.deleted else status.state,
+        health=health,
+        frontend=status.frontend,
+        device=status.device,
+        nbd_uri=status.nbd_uri,
+        mount=Mount(status.mount, fs) if status.mount else None,
+        epoch=record.epoch if record else 0,
+        pid=int(answer["pid"]) if answer else None,
+        message=(answer or {}).get("held") or status.message,
+        created=volume.metadata.created,
+        labels=volume.metadata.labels,
+        replicas=replicas,
+        snapshots=snapshot_views(context, name),
+    )
+
+
+def snapshot_views(context: Context, volume: str) -> list[SnapshotView]:
+    """The snapshots of a volume that are there, oldest first."""
+    return [
+        snapshot_view(item)
+        for item in context.snapshots_of(volume)
+        if item.status.ready and item.metadata.deleted is None
+    ]
+
+
+def snapshot_view(item: Snapshot) -> SnapshotView:
+    """One snapshot."""
+    return SnapshotView(
+        name=item.spec.name,
+        volume=item.spec.volume,
+        id=item.status.layer_id,
+        parent=item.status.parent,
+        created=item.status.created,
+        labels=item.metadata.labels,
+        ready=item.status.ready,
+        size_bytes=item.status.size_bytes,
+    )
+
+
+def replica_view(item: Replica, record: Record | None, answer: Answer | None) -> ReplicaView:
+    """One replica, joined with what record and volume daemon say of it."""
+    uid = item.metadata.name
+    member = record.members.get(uid) if record else None
+    said = {m["replica_uuid"]: m for m in (answer or {}).get("members", [])}.get(uid, {})
+    alive = item.status.pid is not None and _is_alive(item.status.pid)
+    return ReplicaView(
+        id=uid,
+        state=said.get("state") or (member.state if member else "NEW"),
+        address=item.status.address,
+        path=item.spec.path,
+        pid=item.status.pid if alive else None,
+        connected=bool(said.get("connected", False)),
+        rebuild_fraction=said.get("rebuild_fraction"),
+        allocated_bytes=item.status.allocated_bytes,
+        message=item.status.message,
+    )
+
+
+def _daemon_answer(context: Context, volume: Volume) -> Answer | None:
+    """The status of the volume daemon, None if none answers."""
+    if not (volume.spec.attached or volume.status.pid):
+        return None
+    spec = context.volume_daemon(volume, [])
+    if not spec.control.exists():
+        return None
+    try:
+        answer = control.status(spec.control, STATUS_SECONDS)
+    except BlockdError:
+        return None
+    return answer if answer.get("volume_uuid") == volume.metadata.uid else None
+
+
+def _is_alive(pid: int) -> bool:
+    """Cheap and not exact: a zombie is not alive, a reused pid is."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
