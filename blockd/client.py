@@ -38,6 +38,7 @@ SOCKET_PATH_BYTES_MAX = 107  # sun_path is 108 bytes with its final zero
 CONNECT_SECONDS = 5.0  # the node service is on this machine or one network hop away
 ANSWER_SECONDS = 30.0  # the slowest answer that waits for nothing: a status of every daemon
 WAIT_SECONDS = 60.0  # how long a call waits for the wanted state unless told otherwise
+WAIT_SECONDS_MAX = 3600.0  # the longest wait the API accepts
 
 
 class Client:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from blockd.client import TOKEN_NAME, WAIT_SECONDS, Client, Json
+from blockd.client import TOKEN_NAME, WAIT_SECONDS, WAIT_SECONDS_MAX, Client, Json
 from protocol.errors import BlockdError, NotFoundError, RequestError
 from protocol.units import NAME_PATTERN
 
@@ -82,7 +82,7 @@ def timeout_option(function: Function) -> Function:
     """Add `--timeout SECONDS`, passed on as `timeout`."""
     return click.option(
         "--timeout",
-        type=click.FloatRange(min=0, max=86400),
+        type=click.FloatRange(min=0, max=WAIT_SECONDS_MAX),
         default=WAIT_SECONDS,
         show_default=True,
         metavar="SECONDS",

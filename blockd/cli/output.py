@@ -143,6 +143,7 @@ def volume_details(volume: Json) -> None:
         "epoch": volume.get("epoch"),
         "daemon pid": volume.get("pid"),
         "created": volume.get("created"),
+        "labels": labels_text(volume.get("labels")),
         "uid": volume.get("uid"),
     }
     if volume.get("message"):
@@ -155,7 +156,7 @@ def volume_details(volume: Json) -> None:
 
 
 def replica_table(replicas: list[Json]) -> None:
-    """One line per replica."""
+    """One line per replica; what there is to say about one stands below."""
     rows(
         ("ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"),
         [
@@ -171,6 +172,9 @@ def replica_table(replicas: list[Json]) -> None:
         ],
         empty="no replicas",
     )
+    for replica in replicas:
+        if replica.get("message"):
+            click.echo(f"{replica.get('id')}: {replica['message']}")
 
 
 def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
@@ -206,10 +210,17 @@ def labels_text(labels: Any) -> str:
 
 
 def in_sync_text(volume: Json) -> str:
-    """How many of a volume's replicas are in sync: 2/3."""
+    """How many of the replicas a volume should have are in sync: 2/3."""
     replicas = volume.get("replicas") or []
     in_sync = sum(replica.get("state") == "IN_SYNC" for replica in replicas)
-    return f"{in_sync}/{len(replicas)}"
+    return f"{in_sync}/{volume.get('replica_count') or len(replicas)}"
+
+
+def front_ends_text(front_ends: dict[str, str | None]) -> str:
+    """Which front ends can be used here, and why others cannot: fuse, socket; not nbd: ..."""
+    usable = ", ".join(name for name, reason in front_ends.items() if reason is None)
+    others = [f"not {name}: {reason}" for name, reason in front_ends.items() if reason]
+    return "; ".join([usable or "none", *others])
 
 
 def mount_text(volume: Json) -> str:

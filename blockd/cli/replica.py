@@ -197,7 +197,9 @@ def _follow(
 
 def _failure_text(view: Json, target: str, what: str) -> str:
     name = view.get("name")
-    reason = f" ({view['message']})" if view.get("message") else ""
+    said = [replica.get("message") for replica in view["replicas"] if replica["id"] == target]
+    message = next(filter(None, [*said, view.get("message")]), None)
+    reason = f" ({message})" if message else ""
     return (
         f"rebuild of replica {target} of volume {name} {what}{reason}; the "
         f"volume is {view.get('health')}; try again with `blockd replica rebuild {name}`, or "

@@ -87,7 +87,9 @@ def status(context: click.Context, check: bool, output: str) -> None:
     answer = {**facts, "volumes": volumes}
 
     def table(answer: Json) -> None:
-        shown = {key: value for key, value in answer.items() if not isinstance(value, list | dict)}
+        shown = {key: value for key, value in answer.items() if key != "volumes"}
+        if isinstance(shown.get("front_ends"), dict):
+            shown["front_ends"] = out.front_ends_text(shown["front_ends"])
         out.pairs({key.replace("_", " "): value for key, value in shown.items()})
         click.echo()
         out.volume_table(volumes)
