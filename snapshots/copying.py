@@ -4,13 +4,14 @@ The unit is a region of one layer: its 1024 map entries and the data they name. 
 incomplete its head takes writes as usual (zeroing is always recorded explicitly, because a parent
 not copied yet may hold data), reads are refused, and a crash means starting over with `begin_sync`.
 
-On the source no folding may happen between the first `layer_regions` and the last `layer_read`:
-the caller does not call `maintain` meanwhile. A region of the head must be copied with writes to it
-held back (the range lock of the volume daemon).
+On the source no block may move between layers from the first `layer_regions` to the last
+`layer_read`: the caller sets `hold_folding` meanwhile. A region of the head must be copied with
+writes to it held back (the range lock of the volume daemon).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ class Copying(DataPath):
         Returns the bytes used, at most LAYER_READ_BYTES_MAX.
         """
         layer = self._layer(layer_id)
-        entries = layer.map_block(region)
+        entries = self._without_shadowed(layer_id, region, layer.map_block(region))
         target[:BLOCK_BYTES] = entries
         used = BLOCK_BYTES
         for start, count in runs(masks(entries)[1]):
@@ -54,6 +55,21 @@ class Copying(DataPath):
             layer.read(region * BLOCKS_PER_REGION + start, count, target[used : used + length])
             used += length
         return used
+
+    def _without_shadowed(self, layer_id: int, region: int, entries: bytes) -> bytes:
+        """The entries of a region; of a layer being folded only those its child lacks.
+
+        After a power cut such a layer can name blocks whose data is folded and punched already.
+        """
+        layers = self.metadata.layers
+        below = chain.children(layers, layer_id)
+        if not chain.find(layers, layer_id).removed or len(below) != 1:
+            return entries
+        present, _ = masks(self._handle(below[0].slot).map_block(region))
+        kept = array("I", entries)
+        for start, count in runs(present):
+            kept[start : start + count] = array("I", bytes(count * 4))
+        return kept.tobytes()
 
     def layer_write(
         self, layer_id: int, region: int, entries: memoryview, data: memoryview

@@ -73,7 +73,7 @@ class FlushJob:
             try:
                 store.file.write(self.metadata)
             except StorageError as error:
-                store.failed = error.errno not in FULL_DISK
+                store.failed = store.failed or error.errno not in FULL_DISK
                 raise
         self.succeeded = True
         remove_files(self.condemned)

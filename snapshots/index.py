@@ -8,6 +8,7 @@ set, and a zone's bit is cleared only after the page is durable.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 
@@ -61,12 +62,15 @@ class Index:
     def next_used(self, block: int) -> int:
         """The first block from `block` on that can have a non-zero byte; the end if there is none.
 
-        Skips unallocated pages without touching them.
+        Skips unallocated pages without touching them, but only those this process has not used:
+        what lseek(2) says about stores that are still in the page cache need not be relied on.
         """
-        try:
-            return max(block, os.lseek(self.fd, block, os.SEEK_DATA))
-        except OSError:  # ENXIO: only a hole is left
-            return len(self.memory)
+        zone = self.ready.find(1, block // BLOCKS_PER_ZONE)
+        used = zone * BLOCKS_PER_ZONE if zone >= 0 else len(self.memory)
+        if used > block:
+            with contextlib.suppress(OSError):  # ENXIO: only a hole is left
+                used = min(used, os.lseek(self.fd, block, os.SEEK_DATA))
+        return max(block, used)
 
     def sync(self) -> None:
         """Make all stores durable."""

@@ -175,25 +175,27 @@ class LayerFile:
     def next_region(self, region: int) -> int:
         """The first region from `region` on whose map has an entry, or -1."""
         while region < self.region_count:
-            try:
-                offset = os.lseek(self.fd, map_offset(region), os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole is left
-                return -1
-            # Data that starts behind the map block: that map block is a hole, so it is empty.
-            behind = (offset - BLOCK_BYTES) % REGION_STRIDE_BYTES >= BLOCK_BYTES
-            found = (offset - BLOCK_BYTES) // REGION_STRIDE_BYTES
-            if found > region:
-                region = found
-                if behind:
-                    region += 1
-                    continue
-            elif behind:
-                region += 1
-                continue
+            region = self._next_allocated(region)
             if region < self.region_count and self.map_block(region) != EMPTY_MAP:
                 return region
             region += 1
         return -1
+
+    def _next_allocated(self, region: int) -> int:
+        """The first region from `region` on whose map block may be anything but a hole.
+
+        Regions this process has stored to count always: what lseek(2) says about stores that are
+        still in the page cache need not be relied on.
+        """
+        stored = self.ready.find(WRITABLE, region)
+        if stored < 0:
+            stored = self.region_count
+        try:
+            offset = os.lseek(self.fd, map_offset(region), os.SEEK_DATA) - BLOCK_BYTES
+        except OSError:  # ENXIO: only a hole is left
+            return stored
+        found, within = divmod(offset, REGION_STRIDE_BYTES)
+        return min(stored, found + (within >= BLOCK_BYTES))
 
     def regions(self) -> list[int]:
         """All regions whose map has at least one entry."""

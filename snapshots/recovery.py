@@ -10,7 +10,9 @@ a checksum the data does not have:
   computed anew from the data;
 - data all zeros: a head with a parent never stores zeros as data, so the data of this entry never
   reached the disk. What was there before? With a mark (zeroed.py) zeros: the entry becomes ZEROS.
-  Without one the block was new to the head: ABSENT, the parent's content shows again.
+  Without one the block was new to the head: ABSENT, the parent's content shows again. (A block
+  written into a hole is there whole or not at all: ext4 and XFS make an extent readable after its
+  data is on disk.)
 
 Then all space under entries that are not checksums is given back, and the zone's index page is
 rebuilt from the maps of the chain. The zones stay dirty until a later flush and index sync: they

@@ -38,6 +38,7 @@ class Replica(Copying):
     def __init__(self, path: str, file: MetadataFile, metadata: Metadata, lock_fd: int) -> None:
         super().__init__(path, file, metadata, lock_fd)
         self._folder = Folder(self)
+        self.hold_folding = False  # set by the daemon while this replica is copied from
 
     @staticmethod
     def create(
@@ -233,7 +234,8 @@ class Replica(Copying):
     @property
     def flush_wanted(self) -> bool:
         """Background work waits for a flush; a caller with threads runs one as a job."""
-        return self._folder.waiting or self._index_wanted or self.metadata_pending
+        waiting = self._folder.waiting and not self.hold_folding
+        return waiting or self._index_wanted or self.metadata_pending
 
     def maintain(self, budget_blocks: int = MAINTAIN_BLOCKS, *, inline_flush: bool = True) -> bool:
         """One bounded step of folding or of clearing the dirty log; True if there is more to do.
@@ -243,7 +245,8 @@ class Replica(Copying):
         """
         if self.failed:
             return False
-        more = self.complete and self._folder.step(budget_blocks)
+        fold = self.complete and not self.hold_folding
+        more = fold and self._folder.step(budget_blocks)
         if not more and self._clearable and not self.dirty.hot:
             self._index_wanted = True
         if self.flush_wanted:
