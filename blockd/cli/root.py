@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from blockd import __version__
 from blockd.cli.common import make_settings
 from blockd.cli.replica import replica
 from blockd.cli.service import daemon, serve, status
@@ -55,7 +56,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timeout, 6 degra
     metavar="FILE",
     help="The token for --url.  [default: HOME/token]",
 )
-@click.version_option(package_name="blockd", prog_name="blockd", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="blockd", message="%(prog)s %(version)s")
 @click.pass_context
 def app(
     context: click.Context, home: Path | None, url: str | None, token_file: Path | None

@@ -265,3 +265,25 @@ def test_completion_offers_volumes_and_snapshots_and_survives_no_service(
     assert complete("blockd volume show d", home) == ["plain,data"]
     assert complete("blockd snapshot rm data@m", home) == ["plain,data@monday"]
     assert complete("blockd volume show d", home / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "listen"),
+    [("", None), ("--listen", "127.0.0.1:9500"), ("--listen=[::1]:80", "[::1]:80")],
+)
+def test_serve_hands_its_options_on_and_ends_with_the_services_code(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, typed: str, listen: str | None
+) -> None:
+    given: list[dict[str, object]] = []
+
+    def fake_serve(**options: object) -> int:
+        given.append(options)
+        return 1
+
+    monkeypatch.setattr("blockd.node.service.serve", fake_serve)
+    assert run("serve", *typed.split(), "--demo")[0] == 1
+    assert run("serve", "--home", str(home / "other"))[0] == 1
+    assert given == [
+        {"home": home, "listen": listen, "token_file": None, "demo": True},
+        {"home": home / "other", "listen": None, "token_file": None, "demo": False},
+    ]
