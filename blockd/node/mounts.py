@@ -70,6 +70,12 @@ def unmount(volume: str, path: str) -> None:
         )
 
 
+def write_back(device: str) -> None:
+    """Have the kernel write to the device what its file systems keep in memory."""
+    for path in mounted_at(device):
+        tools.run("sync", ["--file-system", path])
+
+
 def _content(device: str) -> str | None:
     """The file system on a device, None if the device is blank, ConflictError for other data."""
     done = tools.attempt("blkid", ["--probe", "--output", "export", device])

@@ -5,7 +5,7 @@ From then on the volume daemon changes it; this module asks the daemon, and touc
 itself (compare-and-swap) only while no volume daemon runs, and then only members that are OUT.
 
 A member that is OUT while its daemon runs is rebuilt: at once if asked for, else after the
-volume's wait.
+volume's wait. One rebuild runs at a time; the others stay due.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from blockd.node.store import modify_status
 from blockd.node.supervisor import DaemonSpec
 from protocol.errors import BlockdError, StateError, StorageError
 from replication.authority import IN_SYNC, OUT, SYNCING, Member, Record
+
+LONG_AGO = "1970-01-01T00:00:00Z"  # a rebuild that was asked for is due whatever the wait
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class MemberReconciler:
         self, volume: Volume, record: Record, replicas: list[Replica], daemon: DaemonSpec | None
     ) -> None:
         """Add, remove and rebuild members; `daemon` is the volume daemon if it runs."""
+        busy = [uid for uid, member in record.members.items() if member.state == SYNCING]
         for replica in replicas:
             uid = replica.metadata.name
             member = record.members.get(uid)
@@ -104,7 +107,11 @@ class MemberReconciler:
                     record = self._add(volume, record, uid, address, daemon)
                 elif member.address != address:
                     record = self._move(record, uid, address, daemon)
-                self._follow(volume, replica, record.members[uid].state, daemon)
+                state = record.members[uid].state
+                if daemon is None or replica.status.state != "running":
+                    self._note_out(replica, state)
+                elif self._follow(volume, replica, state, busy, daemon):
+                    busy.append(uid)
 
     def _add(
         self, volume: Volume, record: Record, uid: str, address: str, daemon: DaemonSpec | None
@@ -145,34 +152,47 @@ class MemberReconciler:
         assert newest is not None, "the record of a running volume"
         return newest
 
+    def _note_out(self, replica: Replica, state: str) -> None:
+        """Note since when a member is OUT."""
+        since = (replica.status.out_since or utc_now()) if state == OUT else None
+        modify_status(
+            self._context.store,
+            Replica,
+            replica.metadata.name,
+            lambda r: setattr(r.status, "out_since", since),
+        )
+
     def _follow(
-        self, volume: Volume, replica: Replica, state: str, daemon: DaemonSpec | None
-    ) -> None:
-        """Note since when a member is OUT; start its rebuild when that is due."""
-        store, uid = self._context.store, replica.metadata.name
-        out_since = (replica.status.out_since or utc_now()) if state == OUT else None
-        due = state == OUT and (_asked(replica) or _wait_seconds(volume, replica) <= 0)
-        done_id = replica.status.rebuild_id
-        message = replica.status.message
-        if daemon is not None and replica.status.state == "running":
-            if due:
-                try:
-                    control.ask(daemon.control, "rebuild", replica_uuid=uid)
-                    message, out_since = None, None
-                    log.info("volume %s: rebuild of %s started", volume.metadata.name, uid)
-                except BlockdError as error:
-                    message, out_since = f"rebuild: {error}", utc_now()
-                    log.warning("volume %s: rebuild of %s: %s", volume.metadata.name, uid, error)
-            if due or state != OUT:
-                done_id = replica.spec.rebuild_id
+        self, volume: Volume, replica: Replica, state: str, busy: list[str], daemon: DaemonSpec
+    ) -> bool:
+        """Start the rebuild of a member if it is due and no other is `busy`; True if it began."""
+        uid, asked = replica.metadata.name, _asked(replica)
+        since, message, began = None, None, False
+        if state == OUT:
+            since = LONG_AGO if asked else replica.status.out_since or utc_now()
+            if asked or _wait_seconds(volume, replica) <= 0:
+                if busy:
+                    message = f"its rebuild waits for the end of that of {busy[0]}"
+                else:
+                    message = self._rebuild(volume.metadata.name, uid, daemon)
+                    since, began = utc_now(), message is None
 
         def note(item: Replica) -> None:
-            item.status.out_since = out_since
-            item.status.rebuild_id = done_id
-            if item.status.state == "running":
-                item.status.message = message
+            item.status.out_since, item.status.message = since, message
+            item.status.rebuild_id = replica.spec.rebuild_id
 
-        modify_status(store, Replica, uid, note)
+        modify_status(self._context.store, Replica, uid, note)
+        return began
+
+    def _rebuild(self, name: str, uid: str, daemon: DaemonSpec) -> str | None:
+        """Start a rebuild; why that did not work, None if it did."""
+        try:
+            control.ask(daemon.control, "rebuild", replica_uuid=uid)
+        except BlockdError as error:
+            log.warning("volume %s: rebuild of %s: %s", name, uid, error)
+            return f"rebuild: {error}"
+        log.info("volume %s: rebuild of %s started", name, uid)
+        return None
 
 
 def _asked(replica: Replica) -> bool:

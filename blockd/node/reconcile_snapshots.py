@@ -2,11 +2,15 @@
 
 The volume daemon knows what is; a snapshot it has under the wanted name is this object's, made
 just before a crash kept that from being written down.
+
+A snapshot of a mounted volume holds what was written to files before it was asked for: the file
+system is written back first. It is not frozen, because a node service that ends in between would
+leave it so; its journal makes the snapshot as good as a disk after a power cut.
 """
 
 from __future__ import annotations
 
-from blockd.node import control
+from blockd.node import control, mounts
 from blockd.node.context import SNAPSHOT_FINALIZER, Context, log
 from blockd.node.control import Answer
 from blockd.node.objects import (
@@ -57,6 +61,8 @@ class SnapshotReconciler:
     ) -> None:
         store, key = self._context.store, item.metadata.name
         try:
+            if there is None and volume.status.device is not None:
+                mounts.write_back(volume.status.device)
             made = (
                 there
                 or control.ask(

@@ -164,17 +164,19 @@ class VolumeReconciler:
             "message": message,
             "allocated_bytes": max((i.status.allocated_bytes for i in replicas), default=0),
         }
-        running = context.supervisor.pid(spec) is not None
-        if self._needed(volume, record, replicas):
-            if running:
-                answer = control.status(spec.control)
+        needed = self._needed(volume, record, replicas)
+        if context.supervisor.pid(spec) is not None:
+            answer = control.status(spec.control)
+            needed = needed or _rebuilds(answer)
+            if not needed:
+                context.supervisor.stop(spec)
+            else:
                 changes["health"] = daemon_health(volume, answer)
                 changes["message"] = answer.get("held") or message
+        if needed:
             self._note(volume, **changes)
             healthy = changes["health"] == "healthy" and message is None
-            return CHECK_SECONDS if healthy and running else CHECK_UNHEALTHY_SECONDS
-        if running:
-            context.supervisor.stop(spec)
+            return CHECK_SECONDS if healthy else CHECK_UNHEALTHY_SECONDS
         context.supervisor.forget(spec)
         self._note(volume, **changes, pid=None, fenced=False)
         if message or any(i.status.state != "running" for i in replicas):
@@ -245,6 +247,11 @@ def record_health(volume: Volume, record: Record | None) -> str:
         return "faulted"
     wanted = max(volume.spec.replicas, len(record.members))
     return "healthy" if in_sync >= wanted else "degraded"
+
+
+def _rebuilds(answer: Answer) -> bool:
+    """True if the volume daemon rebuilds a member; the record may not say so yet."""
+    return any(item.get("rebuild_fraction") is not None for item in answer.get("members", []))
 
 
 def _revert_waits(volume: Volume) -> bool:

@@ -45,6 +45,8 @@ RESTART_SECONDS_MAX = 30.0
 LOG_BYTES_MAX = 1 << 20  # an older log is kept once, as .1
 LOG_TAIL_BYTES = 8192
 
+_ERROR_PREFIX = "blockd: "  # of the one line a daemon says when it ends in error
+
 _EXIT_FAMILIES: dict[int, type[BlockdError]] = {
     family.exit_code: family for family in (RequestError, NotFoundError, ConflictError)
 }
@@ -247,10 +249,11 @@ class Supervisor:
     def _note_end(self, process: _Process) -> None:
         spec = process.spec
         code = process.child.wait() if process.child is not None else None
-        self._ended[spec.key] = Ended(code, _last_words(spec.log))
+        self._ended[spec.key] = Ended(code, _last_words(spec.log, code))
         count, _ = self._failures.get(spec.key, (0, 0.0))
         now = time.monotonic()
-        if now - process.started < QUICK_END_SECONDS and code != -signal.SIGKILL:
+        quick = code is not None and now - process.started < QUICK_END_SECONDS
+        if quick and code != -signal.SIGKILL:
             wait = min(RESTART_SECONDS_MAX, float(2**count))
             self._failures[spec.key] = (count + 1, now + wait)
         else:
@@ -279,25 +282,27 @@ def _rotate(log: Path) -> None:
             log.rename(log.with_name(log.name + ".1"))
 
 
-def _last_words(log: Path) -> str:
-    """The last `blockd: ...` line of a log, or its last line."""
+def _last_words(log: Path, code: int | None) -> str:
+    """Why a daemon ended: its error line at the end of the log, or what its exit code tells."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            lines = file.read().decode(errors="replace").split("\n")
     except OSError:
-        return ""
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        return ""
-    return lines[-1].removeprefix("blockd: ")
+        lines = []
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    if last.startswith(_ERROR_PREFIX):
+        return last.removeprefix(_ERROR_PREFIX)
+    if code is not None and code < 0:
+        return f"it was killed by signal {-code}"
+    return "it ended without a word" if code is None else f"it ended with code {code}"
 
 
 def _end_error(spec: DaemonSpec, ended: Ended | None) -> BlockdError:
     code = ended.code if ended else None
     family = _EXIT_FAMILIES.get(code or 0, StateError)
-    words = ended.message if ended else "it ended"
-    return family(f"{spec.key} ended with code {code}: {words} (log: {spec.log})")
+    words = ended.message if ended else "no reason is known"
+    return family(f"{spec.key} ended: {words} (log: {spec.log})")
 
 
 def _restart_error(
