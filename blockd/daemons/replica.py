@@ -10,20 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from collections.abc import Callable
 from typing import Any
-
-from snapshots.replica import Replica
 
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, ControlServer
+from blockd.daemons.replica_service import ReplicaService, describe_layer
 from blockd.daemons.replica_session import ReplicaSession
 from blockd.loop import READ, Loop
-from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
+from protocol.errors import BlockdError, ConflictError, RequestError
 from protocol.units import parse_size
+from snapshots.replica import Replica
 
 SESSIONS_MAX = 16  # one serves; others are introductions under way
-MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
 
 
 class ReplicaDaemon:
@@ -31,22 +29,10 @@ class ReplicaDaemon:
 
     def __init__(self, loop: Loop, replica: Replica, listen: str, key: bytes) -> None:
         self.loop = loop
-        self.replica = replica
+        self.service = ReplicaService(loop, replica)
         self.key = key
-        self.reads = 0
-        self.writes = 0
-        self.flushes = 0
         self._started = process.timestamp()
-        self._clean_start = not replica.recovered_zones
-        self._incarnation = os.urandom(8).hex()
-        self._boot_id = process.boot_id()
         self._sessions: set[ReplicaSession] = set()
-        self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
-        self._flushing = False
-        self._maintaining = False
-        self.epoch = 0  # of the newest fenced session
-        self.position = (0, 0)  # epoch and sequence of the last write or zero applied
-        self._folding_paused_by: set[ReplicaSession] = set()
         self._control: ControlServer | None = None
         self._socket, self.address = addresses.listen(listen)
         loop.register(self._socket.fileno(), READ, self._accept)
@@ -67,150 +53,15 @@ class ReplicaDaemon:
     def session_closed(self, session: ReplicaSession, reason: str) -> None:
         """Forget a session."""
         self._sessions.discard(session)
-        self._folding_paused_by.discard(session)
+        self.service.released(session)
         process.log(f"session ended: {reason}")
 
-    # ---- what sessions ask ------------------------------------------------------------------
-
-    def describe(self) -> dict[str, Any]:
-        """What a volume daemon needs to know of this replica."""
-        metadata = self.replica.metadata
-        return {
-            "version": 1,
-            "replica_uuid": metadata.replica_uuid,
-            "volume_uuid": metadata.volume_uuid,
-            "volume_name": metadata.volume_name,
-            "size_bytes": metadata.size_bytes,
-            "promised_epoch": metadata.promised_epoch,
-            "config_seq": metadata.config_seq,
-            "complete": self.replica.complete,
-            "clean_start": self._clean_start,
-            "incarnation": self._incarnation,
-            "boot_id": self._boot_id,
-            "position": list(self.position),
-            "head_id": metadata.head_id,
-            "layers": [_layer(info) for info in self.replica.tree()],
-        }
-
     def fence(self, session: ReplicaSession, content: dict[str, Any]) -> None:
-        """Promise an epoch durably, bind a blank replica, and end older sessions."""
-        metadata = self.replica.metadata
-        epoch = int(content["epoch"])
-        if epoch < metadata.promised_epoch:
-            raise ConflictError(
-                f"epoch {epoch} is older than epoch {metadata.promised_epoch} promised by replica "
-                f"{metadata.replica_uuid}: another volume daemon owns this volume"
-            )
-        if not metadata.volume_uuid:
-            self.replica.bind(str(content["volume_uuid"]), str(content["volume_name"]))
-        if epoch > metadata.promised_epoch:
-            self.replica.promise(epoch)
+        """Promise an epoch, then end older sessions."""
+        self.service.promise(content)
         for other in list(self._sessions):
             if other is not session and other.fenced:
-                other.close(f"fenced by epoch {epoch}")
-        self.epoch = epoch
-
-    def flush(self, done: Callable[[BlockdError | None], None]) -> None:
-        """Make everything applied so far durable. Calls that come meanwhile share the next one."""
-        self.flushes += 1
-        self._flush_waiting.append(done)
-        if not self._flushing:
-            self._next_flush()
-
-    def _next_flush(self) -> None:
-        waiting, self._flush_waiting = self._flush_waiting, []
-        try:
-            job = self.replica.flush_begin()
-        except BlockdError as error:
-            for done in waiting:
-                done(error)
-            return
-        self._flushing = True
-
-        def ended(result: Any, failure: BaseException | None) -> None:
-            self._flushing = False
-            error: BlockdError | None = None
-            self.replica.flush_end(job)
-            if isinstance(failure, BlockdError):
-                error = failure
-            elif failure is not None:
-                error = StorageError(f"flush failed: {failure}")
-            if error is not None:
-                process.log(str(error))
-            for done in waiting:
-                done(error)
-            if self._flush_waiting:
-                self._next_flush()
-
-        self.loop.in_thread(job.run, ended)
-
-    def control(self, content: dict[str, Any], session: ReplicaSession) -> dict[str, Any]:
-        """A CONTROL request of the fenced session."""
-        replica = self.replica
-        what = content.get("do")
-        if what == "seal":
-            replica.seal(
-                int(content["new_head_id"]),
-                str(content["name"]),
-                str(content["created"]),
-                dict(content["labels"]),
-            )
-        elif what == "name":
-            replica.name_layer(
-                int(content["layer_id"]),
-                str(content["name"]),
-                str(content["created"]),
-                dict(content["labels"]),
-            )
-        elif what == "remove":
-            replica.remove(int(content["layer_id"]))
-            self.worked()
-        elif what == "revert":
-            replica.revert(int(content["layer_id"]), int(content["new_head_id"]))
-            self.worked()
-        elif what == "tree":
-            return {"layers": [_layer(info) for info in replica.tree()]}
-        elif what == "layer_regions":
-            return {"regions": replica.layer_regions(int(content["layer_id"]))}
-        elif what == "fold":
-            if content["paused"]:
-                self._folding_paused_by.add(session)
-            else:
-                self._folding_paused_by.discard(session)
-                self.worked()
-        elif what == "begin_sync":
-            replica.begin_sync(
-                list(content["layers"]),
-                int(content["head_id"]),
-                str(content["volume_uuid"]),
-                str(content["volume_name"]),
-                int(content["size_bytes"]),
-            )
-        elif what == "end_sync":
-            replica.end_sync()
-        else:
-            raise RequestError(f"unknown control request {what!r}")
-        return {}
-
-    # ---- background work ------------------------------------------------------------------
-
-    def worked(self) -> None:
-        """Something changed: folding or clean-up may be due."""
-        if not self._maintaining:
-            self._maintaining = True
-            self.loop.later(MAINTAIN_DELAY_SECONDS, self._maintain)
-
-    def _maintain(self) -> None:
-        self._maintaining = False
-        if self._folding_paused_by or self._flushing or not self.replica.complete:
-            if not self._folding_paused_by:
-                self.worked()
-            return
-        try:
-            if self.replica.maintain():
-                self.worked()
-        except BlockdError as error:
-            process.log(f"background work stopped: {error}")
+                other.close(f"fenced by epoch {self.service.epoch}")
 
     # ---- control socket and end -----------------------------------------------------------
 
@@ -220,7 +71,8 @@ class ReplicaDaemon:
         self._control = ControlServer(self.loop, address, commands)
 
     def _status(self, request: dict[str, Any], answer: Answer) -> None:
-        metadata = self.replica.metadata
+        service, replica = self.service, self.service.replica
+        metadata = replica.metadata
         answer(
             {
                 **process.common_status(self._started),
@@ -228,16 +80,20 @@ class ReplicaDaemon:
                 "volume_name": metadata.volume_name,
                 "replica_uuid": metadata.replica_uuid,
                 "size_bytes": metadata.size_bytes,
-                "path": os.path.abspath(self.replica.path),
+                "path": os.path.abspath(replica.path),
                 "address": self.address,
-                "allocated_bytes": self.replica.allocated_bytes(),
+                "allocated_bytes": replica.allocated_bytes(),
                 "epoch": metadata.promised_epoch,
-                "complete": self.replica.complete,
-                "clean_start": self._clean_start,
-                "layers": [_layer(info) for info in self.replica.tree()],
+                "complete": replica.complete,
+                "clean_start": service.clean_start,
+                "layers": [describe_layer(info) for info in replica.tree()],
                 "sessions": len(self._sessions),
-                "counters": {"reads": self.reads, "writes": self.writes, "flushes": self.flushes},
-                "failed": self.replica.failed,
+                "counters": {
+                    "reads": service.reads,
+                    "writes": service.writes,
+                    "flushes": service.flushes,
+                },
+                "failed": replica.failed,
             }
         )
 
@@ -256,19 +112,7 @@ class ReplicaDaemon:
             os.unlink(path)
         if self._control is not None:
             self._control.close()
-        self.replica.close()
-
-
-def _layer(info: Any) -> dict[str, Any]:
-    return {
-        "id": info.id,
-        "parent": info.parent,
-        "name": info.name,
-        "created": info.created,
-        "labels": dict(info.labels),
-        "removed": info.removed,
-        "allocated_bytes": info.allocated_bytes,
-    }
+        self.service.replica.close()
 
 
 def parser() -> argparse.ArgumentParser:

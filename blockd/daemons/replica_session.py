@@ -47,7 +47,8 @@ class ReplicaSession:
 
     def __init__(self, daemon: ReplicaDaemon, sock: socket.socket) -> None:
         self._daemon = daemon
-        self._replica = daemon.replica
+        self._service = daemon.service
+        self._replica = daemon.service.replica
         self._socket: socket.socket | None = sock
         self._inbox = Inbox()
         self._outbox = Outbox()
@@ -204,17 +205,11 @@ class ReplicaSession:
                 f"the peer speaks wire versions {content.get('versions')}, this replica speaks "
                 f"[{wire.VERSION}]; upgrade the older side"
             )
-        metadata = self._replica.metadata
         asked = str(content.get("volume_uuid"))
-        if metadata.volume_uuid and asked != metadata.volume_uuid:
-            raise ConflictError(
-                f"replica {metadata.replica_uuid} at {self._replica.path} belongs to volume "
-                f"{metadata.volume_name or metadata.volume_uuid} ({metadata.volume_uuid}), not "
-                f"to {asked}; use the right state file or another directory"
-            )
+        self._service.check_volume(asked)
         theirs, ours = str(content.get("nonce")), secrets.token_hex(wire.NONCE_BYTES)
         self._nonces, self._hello_uuid = (theirs, ours), asked
-        answer = self._daemon.describe()
+        answer = self._service.describe()
         answer["nonce"] = ours
         answer["proof"] = wire.proof(self._daemon.key, "replica", theirs, ours, asked)
         self._send(wire.json_frame(wire.ANSWER, sequence, answer))
@@ -230,7 +225,7 @@ class ReplicaSession:
     def _fence(self, sequence: int, content: dict[str, Any]) -> None:
         self._daemon.fence(self, content)
         self.fenced = True
-        self._send(wire.json_frame(wire.ANSWER, sequence, self._daemon.describe()))
+        self._send(wire.json_frame(wire.ANSWER, sequence, self._service.describe()))
 
     # ---- data -----------------------------------------------------------------------------
 
@@ -255,10 +250,10 @@ class ReplicaSession:
             self._applied(applied)
 
     def _applied(self, sequence: int) -> None:
-        daemon = self._daemon
-        daemon.position = (daemon.epoch, sequence)
+        service = self._service
+        service.position = (service.epoch, sequence)
         self._answer(wire.APPLIED, sequence)
-        daemon.worked()
+        service.worked()
 
     def _check_range(self, offset: int, length: int) -> None:
         if (offset | length) & (BLOCK_BYTES - 1) or not length:
@@ -285,7 +280,7 @@ class ReplicaSession:
             checksums = block_checksums(data)
             if struct.unpack_from(f"<{count}I", payload) != tuple(checksums):
                 raise wire.WireError(f"a block at {offset} of {length} bytes was damaged")
-        self._daemon.writes += 1
+        self._service.writes += 1
         try:
             self._replica.write(offset // BLOCK_BYTES, count, data, checksums)
         except BlockdError as error:
@@ -293,7 +288,7 @@ class ReplicaSession:
 
     def _zero(self, flags: int, length: int, offset: int, sequence: int) -> None:
         self._check_range(offset, length)
-        self._daemon.writes += 1
+        self._service.writes += 1
         try:
             self._replica.zero(
                 offset // BLOCK_BYTES,
@@ -307,7 +302,7 @@ class ReplicaSession:
         self._check_range(offset, length)
         if length > PIECE_BYTES_MAX:
             raise wire.WireError(f"a read of {length} bytes is over the limit {PIECE_BYTES_MAX}")
-        self._daemon.reads += 1
+        self._service.reads += 1
         count = length // BLOCK_BYTES
         base = self._room(wire.HEADER_BYTES + length + 4 * count)
         start = base + wire.HEADER_BYTES
@@ -355,11 +350,11 @@ class ReplicaSession:
         operation, _, length, offset, sequence, argument, payload = frame
         try:
             if operation == wire.FLUSH:
-                self._daemon.flush(lambda error: self._flushed(sequence, error))
+                self._service.flush(lambda error: self._flushed(sequence, error))
             elif operation == wire.EXTENTS:
                 self._extents(length, offset, sequence, argument)
             elif operation == wire.CONTROL:
-                answer = self._daemon.control(wire.json_content(payload), self)
+                answer = self._service.control(wire.json_content(payload), self)
                 self._send(wire.json_frame(wire.ANSWER, sequence, answer))
             elif operation == wire.LAYER_READ:
                 self._layer_read(offset, sequence, argument)

@@ -1,0 +1,207 @@
+"""One open replica as its users see it, with or without a socket in between.
+
+`ReplicaService` belongs to the loop of the process that opened the directory: the replica daemon
+serves it to sessions; a volume daemon whose only replica is in a directory of its own machine uses
+it without a second process (local_member.py). It shares flushes between callers, dispatches
+control requests and does the background work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from blockd.daemons import process
+from blockd.loop import Loop
+from protocol import replica as wire
+from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
+from snapshots.replica import Replica
+
+MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
+
+
+class ReplicaService:
+    """One open replica in the loop that owns it."""
+
+    def __init__(self, loop: Loop, replica: Replica) -> None:
+        self.loop = loop
+        self.replica = replica
+        self.reads = 0
+        self.writes = 0
+        self.flushes = 0
+        self.epoch = 0  # of the newest fenced session
+        self.position = (0, 0)  # epoch and sequence of the last write or zero applied
+        self.clean_start = not replica.recovered_zones
+        self._incarnation = os.urandom(8).hex()
+        self._boot_id = process.boot_id()
+        self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
+        self._flushing = False
+        self._maintaining = False
+        self._folding_paused_by: set[object] = set()
+
+    # ---- what sessions ask ------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What a volume daemon needs to know of this replica."""
+        metadata = self.replica.metadata
+        return {
+            "version": wire.VERSION,
+            "replica_uuid": metadata.replica_uuid,
+            "volume_uuid": metadata.volume_uuid,
+            "volume_name": metadata.volume_name,
+            "size_bytes": metadata.size_bytes,
+            "promised_epoch": metadata.promised_epoch,
+            "config_seq": metadata.config_seq,
+            "complete": self.replica.complete,
+            "clean_start": self.clean_start,
+            "incarnation": self._incarnation,
+            "boot_id": self._boot_id,
+            "position": list(self.position),
+            "head_id": metadata.head_id,
+            "layers": [describe_layer(info) for info in self.replica.tree()],
+        }
+
+    def promise(self, content: dict[str, Any]) -> None:
+        """Promise an epoch durably and bind a blank replica; ConflictError if it is too old."""
+        metadata = self.replica.metadata
+        epoch = int(content["epoch"])
+        if epoch < metadata.promised_epoch:
+            raise ConflictError(
+                f"epoch {epoch} is older than epoch {metadata.promised_epoch} promised by replica "
+                f"{metadata.replica_uuid}: another volume daemon owns this volume"
+            )
+        if not metadata.volume_uuid:
+            self.replica.bind(str(content["volume_uuid"]), str(content["volume_name"]))
+        if epoch > metadata.promised_epoch:
+            self.replica.promise(epoch)
+        self.epoch = epoch
+
+    def check_volume(self, asked: str) -> None:
+        """ConflictError unless the replica is blank or belongs to the volume `asked`."""
+        metadata = self.replica.metadata
+        if metadata.volume_uuid and asked != metadata.volume_uuid:
+            raise ConflictError(
+                f"replica {metadata.replica_uuid} at {self.replica.path} belongs to volume "
+                f"{metadata.volume_name or metadata.volume_uuid} ({metadata.volume_uuid}), not "
+                f"to {asked}; use the right state file or another directory"
+            )
+
+    def released(self, user: object) -> None:
+        """A session ended: what it had paused goes on."""
+        self._folding_paused_by.discard(user)
+
+    def flush(self, done: Callable[[BlockdError | None], None]) -> None:
+        """Make everything applied so far durable. Calls that come meanwhile share the next one."""
+        self.flushes += 1
+        self._flush_waiting.append(done)
+        if not self._flushing:
+            self._next_flush()
+
+    def _next_flush(self) -> None:
+        waiting, self._flush_waiting = self._flush_waiting, []
+        try:
+            job = self.replica.flush_begin()
+        except BlockdError as error:
+            for done in waiting:
+                done(error)
+            return
+        self._flushing = True
+
+        def ended(result: Any, failure: BaseException | None) -> None:
+            self._flushing = False
+            error: BlockdError | None = None
+            self.replica.flush_end(job)
+            if isinstance(failure, BlockdError):
+                error = failure
+            elif failure is not None:
+                error = StorageError(f"flush failed: {failure}")
+            if error is not None:
+                process.log(str(error))
+            for done in waiting:
+                done(error)
+            if self._flush_waiting:
+                self._next_flush()
+
+        self.loop.in_thread(job.run, ended)
+
+    def control(self, content: dict[str, Any], user: object) -> dict[str, Any]:
+        """A CONTROL request of the fenced owner."""
+        replica = self.replica
+        what = content.get("do")
+        if what == "seal":
+            replica.seal(
+                int(content["new_head_id"]),
+                str(content["name"]),
+                str(content["created"]),
+                dict(content["labels"]),
+            )
+        elif what == "name":
+            replica.name_layer(
+                int(content["layer_id"]),
+                str(content["name"]),
+                str(content["created"]),
+                dict(content["labels"]),
+            )
+        elif what == "remove":
+            replica.remove(int(content["layer_id"]))
+            self.worked()
+        elif what == "revert":
+            replica.revert(int(content["layer_id"]), int(content["new_head_id"]))
+            self.worked()
+        elif what == "tree":
+            return {"layers": [describe_layer(info) for info in replica.tree()]}
+        elif what == "layer_regions":
+            return {"regions": replica.layer_regions(int(content["layer_id"]))}
+        elif what == "fold":
+            if content["paused"]:
+                self._folding_paused_by.add(user)
+            else:
+                self._folding_paused_by.discard(user)
+                self.worked()
+        elif what == "begin_sync":
+            replica.begin_sync(
+                list(content["layers"]),
+                int(content["head_id"]),
+                str(content["volume_uuid"]),
+                str(content["volume_name"]),
+                int(content["size_bytes"]),
+            )
+        elif what == "end_sync":
+            replica.end_sync()
+        else:
+            raise RequestError(f"unknown control request {what!r}")
+        return {}
+
+    # ---- background work ------------------------------------------------------------------
+
+    def worked(self) -> None:
+        """Something changed: folding or clean-up may be due."""
+        if not self._maintaining:
+            self._maintaining = True
+            self.loop.later(MAINTAIN_DELAY_SECONDS, self._maintain)
+
+    def _maintain(self) -> None:
+        self._maintaining = False
+        if self._folding_paused_by or self._flushing or not self.replica.complete:
+            if not self._folding_paused_by:
+                self.worked()
+            return
+        try:
+            if self.replica.maintain():
+                self.worked()
+        except BlockdError as error:
+            process.log(f"background work stopped: {error}")
+
+
+def describe_layer(info: Any) -> dict[str, Any]:
+    """A layer as JSON."""
+    return {
+        "id": info.id,
+        "parent": info.parent,
+        "name": info.name,
+        "created": info.created,
+        "labels": dict(info.labels),
+        "removed": info.removed,
+        "allocated_bytes": info.allocated_bytes,
+    }
