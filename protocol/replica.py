@@ -183,6 +183,13 @@ def parse(
     return start
 
 
+def fields(head: bytes) -> tuple[int, int, int, int, int, int, int]:
+    """Operation, flags, length, offset, sequence, argument and payload bytes of a header that
+    this process made itself."""
+    _, _, operation, flags, length, offset, sequence, argument, size, _ = _unpack(head)
+    return operation, flags, length, offset, sequence, argument, size
+
+
 def needed(view: memoryview, start: int, end: int) -> int:
     """Bytes the first incomplete frame at `start` takes in all (its header was checked)."""
     if end - start < HEADER_BYTES:

@@ -194,8 +194,7 @@ class NbdConnection:
         inbox.take(start, pinned=not self._daemon.send_to_members())
         if inbox.end > inbox.start:
             inbox.reserve(self._parser.needed(inbox.view, inbox.start, inbox.end))
-        if self._queue:
-            self.flush()
+        self._daemon.send_to_clients()
         if self._daemon.congested and not self._blocked and self._socket is not None:
             self._daemon.loop.modify(self._socket.fileno(), 0)
             self._daemon.waiting.append(self)

@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from blockd.daemons.handshake import Session
+from blockd.daemons.local_member import LocalSession
+from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import ConflictError, DegradedError, PeerError, StateError
 from replication.authority import IN_SYNC, OUT, Authority, LayerRecord, Member, Record
@@ -32,6 +34,7 @@ WAIT_SECONDS = 15.0  # for replica daemons that are being started together with 
 RETRY_SECONDS = 0.2
 
 Log = Callable[[str], None]
+AnySession = Session | LocalSession
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Opened:
     """The outcome: the record as it is now, and the fenced sessions by replica uuid."""
 
     record: Record
-    sessions: dict[str, Session]
+    sessions: dict[str, AnySession]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Wanted:
     volume_uuid: str
     addresses: tuple[str, ...]
     key: bytes
+    loop: Loop
 
 
 def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
@@ -76,16 +80,16 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
 
 def _introduce(
     wanted: Wanted, volume_uuid: str, found: Record | None, log: Log
-) -> dict[str, Session]:
+) -> dict[str, AnySession]:
     """Sessions with all replicas that answer; waits a while for those that do not."""
-    sessions: dict[str, Session] = {}
+    sessions: dict[str, AnySession] = {}
     left = dict.fromkeys(wanted.addresses)
     deadline = time.monotonic() + WAIT_SECONDS
     error: PeerError | None = None
     while left:
         for address in list(left):
             try:
-                session = Session(address, volume_uuid, wanted.key)
+                session = introduce(wanted.loop, address, volume_uuid, wanted.key)
             except PeerError as failure:
                 error = failure
                 continue
@@ -109,8 +113,15 @@ def _introduce(
     return sessions
 
 
+def introduce(loop: Loop, address: str, volume_uuid: str, key: bytes) -> AnySession:
+    """A session with the replica at `address`: a daemon, or `dir:PATH` in this process."""
+    if address.startswith("dir:"):
+        return LocalSession(loop, address[4:], volume_uuid)
+    return Session(address, volume_uuid, key)
+
+
 def _create(
-    authority: Authority, wanted: Wanted, volume_uuid: str, sessions: dict[str, Session]
+    authority: Authority, wanted: Wanted, volume_uuid: str, sessions: dict[str, AnySession]
 ) -> Record:
     """The first record of a volume opened by hand: all replicas blank and of one size."""
     if not sessions:
@@ -141,7 +152,7 @@ def _create(
     )
 
 
-def _check_members(record: Record, sessions: dict[str, Session]) -> None:
+def _check_members(record: Record, sessions: dict[str, AnySession]) -> None:
     for replica_uuid, session in list(sessions.items()):
         hello = session.hello
         if replica_uuid not in record.members:
@@ -176,14 +187,14 @@ def _check_members(record: Record, sessions: dict[str, Session]) -> None:
         )
 
 
-def _with_addresses(record: Record, sessions: dict[str, Session]) -> Record:
+def _with_addresses(record: Record, sessions: dict[str, AnySession]) -> Record:
     members = dict(record.members)
     for replica_uuid, session in sessions.items():
         members[replica_uuid] = replace(members[replica_uuid], address=session.address)
     return replace(record, members=members)
 
 
-def _fence(record: Record, sessions: dict[str, Session], log: Log) -> dict[str, dict[str, Any]]:
+def _fence(record: Record, sessions: dict[str, AnySession], log: Log) -> dict[str, dict[str, Any]]:
     """What every fenced member says of itself after its older sessions ended."""
     promised = {}
     for replica_uuid, session in list(sessions.items()):
@@ -234,7 +245,7 @@ def _equal_members(
 
 def _finish_structure(
     record: Record,
-    sessions: dict[str, Session],
+    sessions: dict[str, AnySession],
     promised: dict[str, dict[str, Any]],
     equal: list[str],
     log: Log,
@@ -295,7 +306,7 @@ def _adopt_unrecorded(record: Record, described: dict[str, Any], log: Log) -> Re
     )
 
 
-def _apply(session: Session, content: dict[str, Any]) -> list[dict[str, Any]]:
+def _apply(session: AnySession, content: dict[str, Any]) -> list[dict[str, Any]]:
     """One control request, made durable; the layers after it."""
     session.ask(wire.CONTROL, content)
     session.ask(wire.FLUSH, {})

@@ -19,6 +19,7 @@ from dataclasses import replace
 from blockd.daemons import opening, process
 from blockd.daemons.control import ControlServer
 from blockd.daemons.handshake import Session
+from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
 from blockd.daemons.nbd_server import NbdConnection, NbdServer
 from blockd.daemons.volume_commands import VolumeCommands
@@ -63,7 +64,7 @@ class VolumeDaemon:
         self.congested = False
         self.exit_code = 0
         self.started = process.timestamp()
-        self._sockets: dict[Link, MemberSocket] = {}
+        self._sockets: dict[Link, MemberSocket | LocalMember] = {}
         self._boot_ids: dict[str, str] = {}
         self._reconnecting: set[str] = set()
         self.stopping = False
@@ -133,14 +134,22 @@ class VolumeDaemon:
             )
         return sent
 
-    def send_everything(self) -> bool:
-        """Send to clients and members; True if the clients took all their answers."""
+    def send_to_clients(self) -> bool:
+        """Send all outboxes of clients; True if nothing is left in them."""
         sent = True
         for connection in list(self.connections):
             if connection.outbox.queue and not connection.flush():
                 sent = False
-        self.send_to_members()
         return sent
+
+    def send_everything(self) -> bool:
+        """Members first (a local one answers at once), then clients; True if those took all."""
+        self.send_to_members()
+        return self.send_to_clients()
+
+    def answers_waiting(self) -> bool:
+        """Does any client still have unsent answers?"""
+        return any(connection.outbox.queue for connection in self.connections)
 
     def member_drained(self) -> None:
         """A member took what was waiting for it."""
@@ -160,12 +169,15 @@ class VolumeDaemon:
 
     # ---- members --------------------------------------------------------------------------
 
-    def _connected(self, link: Link, session: Session) -> None:
+    def _connected(self, link: Link, session: opening.AnySession) -> None:
         link.hello = session.hello
         link.address = session.address
         link.progress_at = self.loop.now()
         self._boot_ids.setdefault(link.replica_uuid, str(session.hello["boot_id"]))
-        self._sockets[link] = MemberSocket(self, link, session.detach())
+        if isinstance(session, LocalSession):
+            self._sockets[link] = LocalMember(self, link, session)
+        else:
+            self._sockets[link] = MemberSocket(self, link, session.detach())
         if link.state == IN_SYNC:
             membership.enter(self.engine, link)
         else:
@@ -205,6 +217,8 @@ class VolumeDaemon:
             return
         if member.state != link.state or link in self.engine.targets:
             return  # its change to OUT is still on the way
+        if link.address.startswith("dir:"):
+            return  # its disk failed under this process; only a restart looks at it again
         self._reconnecting.add(replica_uuid)
         address, key = link.address, self.options.key
 
@@ -341,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="ADDRESS",
-        help="a replica daemon (repeat): unix:PATH or HOST:PORT",
+        help="a replica (repeat): unix:PATH or HOST:PORT of its daemon, or dir:PATH here",
     )
     parse.add_argument(
         "--nbd", action="append", metavar="ADDRESS", help="listen for NBD clients (repeat)"
@@ -362,14 +376,16 @@ def main(arguments: list[str]) -> int:
     def serve() -> int:
         options = Options(parsed)
         authority = SqliteAuthority(options.state)
-        wanted = opening.Wanted(options.name, options.volume_uuid, options.replicas, options.key)
+        loop = Loop()
+        wanted = opening.Wanted(
+            options.name, options.volume_uuid, options.replicas, options.key, loop
+        )
         opened = opening.open_volume(authority, wanted, process.log)
         if opened.record.volume_name != options.name:
             raise StateError(
                 f"volume {options.volume_uuid} is named {opened.record.volume_name}, not "
                 f"{options.name}"
             )
-        loop = Loop()
         daemon = VolumeDaemon(loop, authority, opened, options)
         daemon.serve()
         process.on_signals(loop, daemon.stop)

@@ -1,0 +1,229 @@
+"""A replica in a directory of this machine, served inside the volume daemon itself.
+
+`--replica dir:PATH` saves the second process and the socket in between: for a volume with one
+replica that is the whole data path. To the engine it is a member like any other: it takes what the
+engine queued on its link and answers with the same frames; only the bytes in between are missing.
+If the process dies, the replica recovers like one whose own daemon died.
+
+The answers to a batch are given before `flush` returns, except FLUSH and reads that miss the page
+cache, which run in a thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from blockd.daemons.replica_service import ReplicaService
+from blockd.loop import Loop
+from protocol import replica as wire
+from protocol.checksum import block_checksums
+from protocol.errors import BlockdError, StorageError
+from protocol.units import BLOCKS_PER_REGION
+from snapshots.replica import Replica
+
+if TYPE_CHECKING:
+    from blockd.daemons.volume import VolumeDaemon
+    from replication.link import Link
+
+ARENA_BYTES = 2 << 20  # data of one batch of reads; one read of the largest size always fits
+_MAP_BYTES = 4 * BLOCKS_PER_REGION
+
+
+class LocalSession:
+    """The introduction to a local replica; has the shape of `handshake.Session`."""
+
+    def __init__(self, loop: Loop, path: str, volume_uuid: str) -> None:
+        self.address = f"dir:{path}"
+        self.service = ReplicaService(loop, Replica.open(path))
+        try:
+            self.service.check_volume(volume_uuid)
+        except BlockdError:
+            self.close()
+            raise
+        self.hello = self.service.describe()
+
+    def fence(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Promise an epoch. Older sessions cannot exist: the directory has one owner."""
+        self.service.promise(content)
+        return self.service.describe()
+
+    def ask(self, operation: int, content: dict[str, Any]) -> dict[str, Any]:
+        """A CONTROL or FLUSH before the volume is served."""
+        if operation == wire.FLUSH:
+            self.service.replica.flush()
+            return {}
+        return self.service.control(content, self)
+
+    def close(self) -> None:
+        """Close the directory cleanly."""
+        self.service.replica.close()
+
+
+class LocalMember:
+    """A member without a socket; has the shape of `member_socket.MemberSocket`."""
+
+    def __init__(self, daemon: VolumeDaemon, link: Link, session: LocalSession) -> None:
+        self.link = link
+        self._daemon = daemon
+        self._service = session.service
+        self._replica = session.service.replica
+        self._arena = memoryview(bytearray(ARENA_BYTES))
+        self._used = 0
+        self._open = True
+
+    def flush(self) -> bool:
+        """Carry out everything queued and hand the answers to the engine."""
+        queue = self.link.queue
+        while queue and self._open:
+            messages, queue[:] = list(queue), []
+            if self._used and self._daemon.answers_waiting():
+                self._arena = memoryview(bytearray(ARENA_BYTES))  # the old one is still being sent
+            self._used = 0
+            self._deliver(self._batch(messages))
+        return True
+
+    def _deliver(self, answers: list[wire.Frame]) -> None:
+        if self._open and answers:
+            self._daemon.engine.received(self.link, answers)
+
+    def _batch(self, messages: list[Any]) -> list[wire.Frame]:
+        answers: list[wire.Frame] = []
+        applied = index = 0
+        while index < len(messages):
+            head = messages[index]
+            index += 1
+            operation, flags, length, offset, sequence, argument, size = wire.fields(head)
+            left = size + wire.HEADER_BYTES - len(head)
+            parts = []
+            while left > 0:
+                parts.append(messages[index])
+                left -= len(messages[index])
+                index += 1
+            try:
+                if operation == wire.READ:
+                    self._read(length, offset, sequence, argument, answers)
+                elif operation == wire.WRITE:
+                    applied = sequence
+                    self._service.writes += 1
+                    entries = struct.unpack_from(f"<{length >> 12}I", head, wire.HEADER_BYTES)
+                    self._replica.write(offset >> 12, length >> 12, parts[0], entries)
+                elif operation == wire.ZERO:
+                    applied = sequence
+                    keep = bool(flags & wire.KEEP_ALLOCATED)
+                    self._replica.zero(offset >> 12, length >> 12, keep_allocated=keep)
+                else:
+                    content = memoryview(head)[wire.HEADER_BYTES :]
+                    self._other(
+                        operation, length, offset, sequence, argument, content, answers, parts
+                    )
+            except BlockdError as error:
+                answers.append(_refused(sequence, error))
+        if applied:
+            self._service.position = (self._service.epoch, applied)
+            answers.append((wire.APPLIED, 0, 0, 0, applied, 0, None))
+            self._service.worked()
+        return answers
+
+    def _read(
+        self, length: int, offset: int, sequence: int, layer_id: int, answers: list[wire.Frame]
+    ) -> None:
+        self._service.reads += 1
+        count = length >> 12
+        if self._used + length + 4 * count > ARENA_BYTES:
+            self._arena = memoryview(bytearray(ARENA_BYTES))
+            self._used = 0
+        base = self._used
+        used = self._replica.read_into(
+            offset >> 12, count, self._arena[base:], layer_id, nowait=True
+        )
+        if used < 0:
+            self._read_cold(length, offset, sequence, layer_id)
+            return
+        self._used = base + used
+        payload = self._arena[base : base + used]
+        answers.append((wire.DATA, 0, length, offset, sequence, 0, payload))
+
+    def _read_cold(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+        """Some of it is not in memory: read in a thread; if a write got in between, read here."""
+        first, count = offset >> 12, length >> 12
+        target = memoryview(bytearray(length + 4 * count))
+
+        def done(used: int, failure: BaseException | None) -> None:
+            if not self._open:
+                return
+            try:
+                if failure is not None or used < 0:
+                    used = self._replica.read_into(first, count, target, layer_id)
+            except BlockdError as error:
+                self._later(_refused(sequence, error))
+            else:
+                self._later((wire.DATA, 0, length, offset, sequence, 0, target[:used]))
+
+        self._service.loop.in_thread(
+            lambda: self._replica.read_into(first, count, target, layer_id), done
+        )
+
+    def _later(self, answer: wire.Frame) -> None:
+        """Deliver an answer that comes after its batch."""
+        self._deliver([answer])
+        self._daemon.send_everything()
+
+    def _other(
+        self,
+        operation: int,
+        length: int,
+        offset: int,
+        sequence: int,
+        argument: int,
+        content: memoryview,
+        answers: list[wire.Frame],
+        parts: list[Any],
+    ) -> None:
+        if operation == wire.FLUSH:
+            post = self._service.loop.post  # never in the middle of a batch
+            self._service.flush(lambda error: post(lambda: self._later(_flushed(sequence, error))))
+            return
+        payload: bytes | memoryview
+        if operation == wire.EXTENTS:
+            answer = wire.EXTENT_LIST
+            runs = self._replica.extents(offset >> 12, length >> 12, argument)
+            payload = b"".join(struct.pack("<II", count, has_data) for count, has_data in runs)
+        elif operation == wire.CONTROL:
+            answer = wire.ANSWER
+            result = self._service.control(wire.json_content(content), self)
+            payload = wire.json_frame(answer, sequence, result)[wire.HEADER_BYTES :]
+        elif operation == wire.LAYER_READ:
+            answer = wire.LAYER_DATA
+            buffer = memoryview(bytearray(wire.PAYLOAD_BYTES_MAX))
+            payload = buffer[: self._replica.layer_read(argument, offset, buffer)]
+        elif operation == wire.LAYER_WRITE:
+            answer = wire.ANSWER
+            payload = b"{}"
+            copy = memoryview(parts[0])
+            entries = [entry for entry in copy[:_MAP_BYTES].cast("I") if entry > 1]
+            if block_checksums(copy[_MAP_BYTES:]) != entries:
+                raise StorageError(f"layer {argument} region {offset} does not match its checksums")
+            self._replica.layer_write(argument, offset, copy[:_MAP_BYTES], copy[_MAP_BYTES:])
+        else:
+            raise AssertionError(f"operation {operation} is not for members")
+        answers.append((answer, 0, 0, offset, sequence, 0, memoryview(payload)))
+
+    def close(self) -> None:
+        """The engine is done with this member: close the directory."""
+        if self._open:
+            self._open = False
+            self.link.queue.clear()
+            self._replica.close()
+
+
+def _refused(sequence: int, error: BlockdError) -> wire.Frame:
+    message = wire.json_frame(wire.REFUSED, sequence, {"code": error.code, "message": str(error)})
+    payload = memoryview(message)[wire.HEADER_BYTES :]
+    return (wire.REFUSED, 0, 0, 0, sequence, error.errno, payload)
+
+
+def _flushed(sequence: int, error: BlockdError | None) -> wire.Frame:
+    if error is not None:
+        return _refused(sequence, error)
+    return (wire.FLUSHED, 0, 0, 0, sequence, 0, None)
