@@ -86,7 +86,7 @@ class Copying(DataPath):
             length = count * BLOCK_BYTES
             layer.write(first_block + start, data[used : used + length])
             used += length
-        if layer is self.head and self._layered:
+        if layer is self.head and self.layered:
             self._mark_zeros(region, present & ~with_data)
         layer.store(first_block, entries.cast("B").cast("I"))
         for start, count in runs(EVERY_BLOCK & ~with_data):

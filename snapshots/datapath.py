@@ -89,7 +89,7 @@ class DataPath(Store):
             self._head_ready[region] != WRITABLE
             or self._zones[region >> 2] != HOT
             or (first_block + count - 1) >> 10 != region
-            or (self._layered and _ZERO_CHECKSUM in checksums)
+            or (self.layered and _ZERO_CHECKSUM in checksums)
         ):
             self._write_slowly(first_block, count, data, checksums)
             return
@@ -122,7 +122,7 @@ class DataPath(Store):
         self._prepare(first_block, count)
         data_runs: Runs = [(first_block, count)]
         zero_runs: Runs = []
-        if self._layered and _ZERO_CHECKSUM in checksums:
+        if self.layered and _ZERO_CHECKSUM in checksums:
             data_runs, zero_runs = _split_zeros(first_block, data, checksums)
             for block, length in zero_runs:
                 self._prepare_zero(block, length, keep_allocated=False)
@@ -204,7 +204,7 @@ class DataPath(Store):
 
     def _prepare_zero(self, block: int, length: int, keep_allocated: bool) -> None:
         """Allocate what zeroing a piece of one region needs besides `_prepare`."""
-        if self._layered:
+        if self.layered:
             for first, _ in pieces(block, length):
                 self.marks.make_writable(first // BLOCKS_PER_ZONE)
         if keep_allocated:
@@ -217,11 +217,11 @@ class DataPath(Store):
 
     def _apply_zero(self, first_block: int, total: int, keep_allocated: bool) -> None:
         """Zero prepared blocks: mark, map entries, index, and only then the space."""
-        explicit = self._layered or keep_allocated
+        explicit = self.layered or keep_allocated
         entries = _ENTRY_RUNS[ZEROS if explicit else ABSENT]
         for block, count in pieces(first_block, total):
             in_head = self._head_slot in self._index[block : block + count]
-            if self._layered:
+            if self.layered:
                 self.marks.mark(block, count, durable=in_head)
             self.head.store(block, entries[:count])
             self._index[block : block + count] = SLOT_RUNS[0][:count]

@@ -26,7 +26,13 @@ from array import array
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import StorageError
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES, REGIONS_PER_ZONE
+from protocol.units import (
+    BLOCK_BYTES,
+    BLOCKS_PER_REGION,
+    BLOCKS_PER_ZONE,
+    REGION_BYTES,
+    REGIONS_PER_ZONE,
+)
 from snapshots.datapath import DataPath
 from snapshots.masks import EVERY_BLOCK, masks, runs
 
@@ -47,6 +53,7 @@ def recover(store: DataPath) -> list[int]:
             store.rebuild_index(region)
     try:
         os.fdatasync(store.head.fd)
+        store.marks.sync()
         store.index.sync()
     except OSError as error:
         raise StorageError(f"making the recovery of {store.path} durable: {error}") from error
@@ -76,6 +83,18 @@ def _recover_head_region(store: DataPath, region: int, buffer: memoryview) -> No
     if repaired:
         head.make_writable(region)
         head.store(first_block, memoryview(entries))
-        _, data = masks(entries.tobytes())
+    present, data = masks(entries.tobytes())
+    if store.layered:
+        _settle_marks(store, first_block, present, data)
     for start, count in runs(EVERY_BLOCK & ~data):
         head.punch(first_block + start, count)
+
+
+def _settle_marks(store: DataPath, first_block: int, present: int, data: int) -> None:
+    """Mark every ZEROS entry of a region and no ABSENT one, as entries that count from now on."""
+    if present & ~data:
+        store.marks.make_writable(first_block // BLOCKS_PER_ZONE)
+    for start, count in runs(present & ~data):
+        store.marks.mark(first_block + start, count, durable=False)
+    for start, count in runs(EVERY_BLOCK & ~present):
+        store.marks.unmark(first_block + start, count)

@@ -83,7 +83,7 @@ class Store:
         self.handles[info.slot] = self.head
         self.marks = ZeroedMarks(path, self.block_count)
         self.complete = self.metadata.complete
-        self._layered = True
+        self.layered = True
         self._refresh_layered()
         self._head_fd = self.head.fd
         self._head_map = self.head.map
@@ -94,7 +94,7 @@ class Store:
         """Whether anything can lie below the head: it has a parent, durably, or may get one."""
         head = chain.find(self.metadata.layers, self.metadata.head_id)
         if not self.metadata_pending:
-            self._layered = head.parent != 0 or not self.complete
+            self.layered = head.parent != 0 or not self.complete
 
     def zones_recovered(self) -> None:
         """Recovery has made its zones durable: they may be cleared with the next index sync."""

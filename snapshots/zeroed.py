@@ -5,6 +5,7 @@ reads as zeros, two stories fit: the block was new to the head (its old content 
 it had been zeroed in the head before (its old content is zeros). The mark decides: it is durable
 before the block's space is given back, and at the latest with the next flush, so a block without a
 mark has never been zeroed here and falls back to its parent. See recovery.py for the whole rule.
+Recovery ends with every ZEROS entry marked and no ABSENT one, whatever part of both was lost.
 
 The file `layers/<id>.zeroed` is made by the first such zeroing and removed once the layer is sealed
 and durable.
@@ -75,6 +76,17 @@ class ZeroedMarks:
             os.pwritev(self.fd, [page], start, os.RWF_DSYNC)
         except OSError as error:
             raise storage_error("writing", self.path, error) from error
+
+    def unmark(self, block: int, count: int) -> None:
+        """Recovery: blocks of one zone that turned out not to be zeroed; durable with `sync`."""
+        if self._memory is not None and 1 in self._memory[block : block + count]:
+            self._memory[block : block + count] = bytes(count)
+
+    def sync(self) -> None:
+        """Make all marks durable."""
+        if self.fd >= 0:
+            os.fdatasync(self.fd)
+        self.synced_changes = self.changes
 
     def marked(self, block: int) -> bool:
         """Whether a block carries a mark."""
