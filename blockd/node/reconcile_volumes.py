@@ -9,7 +9,8 @@ The order within a pass, and why:
 4. snapshots, then a revert: with the device down if the revert forces that
 5. members: added, removed, rebuilt
 6. device, then mount
-7. the volume daemon is stopped if it is not needed any more
+7. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
+   was the detach)
 
 A volume daemon that was fenced by another owner is not started again: the user decides, by
 detaching and attaching.
@@ -17,6 +18,7 @@ detaching and attaching.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from blockd.node import control
@@ -35,6 +37,7 @@ from replication.authority import IN_SYNC, Record
 CHECK_SECONDS = 5.0  # how often a healthy attached volume is looked at without cause
 CHECK_UNHEALTHY_SECONDS = 1.0
 CHECK_DETACHED_SECONDS = 30.0
+LINGER_SECONDS = 3.0  # a row of snapshots of a detached volume starts the volume daemon once
 
 
 class VolumeReconciler:
@@ -46,6 +49,7 @@ class VolumeReconciler:
         self.members = MemberReconciler(context, self.replicas)
         self.snapshots = SnapshotReconciler(context)
         self.devices = DeviceReconciler(context)
+        self._idle_since: dict[str, float] = {}
 
     def reconcile(self, name: str) -> float | None:
         """One pass; seconds until the next one, None if the volume is gone."""
@@ -67,6 +71,7 @@ class VolumeReconciler:
 
     def _converge(self, volume: Volume) -> float:
         context, name = self._context, volume.metadata.name
+        was_attached = volume.status.frontend is not None
         context.home.make_volume_directories(name, volume.metadata.uid)
         record = self.members.load(volume)
         replicas = self.replicas.reconcile(volume, record)
@@ -91,7 +96,7 @@ class VolumeReconciler:
             volume = self.devices.settle_down(volume, volume.status.epoch)
             daemon = spec if context.supervisor.pid(spec) is not None else None
             self.members.align(volume, record, replicas, daemon)
-        return self._settle(volume, spec)
+        return self._settle(volume, spec, was_attached)
 
     def _needed(self, volume: Volume, record: Record, replicas: list[Replica]) -> bool:
         """Whether the volume daemon has anything to do."""
@@ -152,7 +157,14 @@ class VolumeReconciler:
         volume = self._context.store.get(Volume, name)
         return self._note(volume, revert_id=revert.id, revert_problem=problem)
 
-    def _settle(self, volume: Volume, spec: DaemonSpec) -> float:
+    def _linger_seconds(self, name: str, was_attached: bool) -> float:
+        """How long a volume daemon without work stays; 0 right after a detach."""
+        if was_attached:
+            return 0.0
+        since = self._idle_since.setdefault(name, time.monotonic())
+        return since + LINGER_SECONDS - time.monotonic()
+
+    def _settle(self, volume: Volume, spec: DaemonSpec, was_attached: bool) -> float:
         """Note health, stop a volume daemon that is done; seconds until the next look."""
         context, name = self._context, volume.metadata.name
         replicas = context.replicas_of(name)
@@ -160,7 +172,7 @@ class VolumeReconciler:
         assert record is not None, "established above"
         message = next((i.status.message for i in replicas if i.status.message), None)
         changes: dict[str, object] = {
-            "health": record_health(volume, record),
+            "health": record_health(volume, record, replicas),
             "message": message,
             "allocated_bytes": max((i.status.allocated_bytes for i in replicas), default=0),
         }
@@ -169,14 +181,20 @@ class VolumeReconciler:
             answer = control.status(spec.control)
             needed = needed or _rebuilds(answer)
             if not needed:
+                left_seconds = self._linger_seconds(name, was_attached)
+                if left_seconds > 0:
+                    self._note(volume, **changes)
+                    return left_seconds
                 context.supervisor.stop(spec)
             else:
                 changes["health"] = daemon_health(volume, answer)
                 changes["message"] = answer.get("held") or message
         if needed:
+            self._idle_since.pop(name, None)
             self._note(volume, **changes)
             healthy = changes["health"] == "healthy" and message is None
             return CHECK_SECONDS if healthy else CHECK_UNHEALTHY_SECONDS
+        self._idle_since.pop(name, None)
         context.supervisor.forget(spec)
         self._note(volume, **changes, pid=None, fenced=False)
         if message or any(i.status.state != "running" for i in replicas):
@@ -238,11 +256,14 @@ def daemon_health(volume: Volume, answer: Answer) -> str:
     return health
 
 
-def record_health(volume: Volume, record: Record | None) -> str:
-    """The health of a volume no daemon runs for."""
+def record_health(volume: Volume, record: Record | None, replicas: list[Replica]) -> str:
+    """The health of a volume no daemon runs for: a copy that cannot be opened does not count."""
     if record is None:
         return "unknown"
-    in_sync = sum(member.state == IN_SYNC for member in record.members.values())
+    failed = {item.metadata.name for item in replicas if item.status.state == "failed"}
+    in_sync = sum(
+        member.state == IN_SYNC and uid not in failed for uid, member in record.members.items()
+    )
     if in_sync == 0:
         return "faulted"
     wanted = max(volume.spec.replicas, len(record.members))

@@ -13,7 +13,7 @@ from blockd.node.control import Answer
 from blockd.node.objects import Mount, Replica, Snapshot, Volume
 from blockd.node.reconcile_volumes import daemon_health, record_health
 from protocol.errors import BlockdError
-from replication.authority import Record
+from replication.authority import IN_SYNC, OUT, Record
 
 STATUS_SECONDS = 1.0  # a person waits for this answer; an older state is better than none
 
@@ -74,12 +74,9 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
     name, status = volume.metadata.name, volume.status
     record = context.authority.load(volume.metadata.uid)
     answer = _daemon_answer(context, volume)
-    replicas = [
-        replica_view(item, record, answer)
-        for item in context.replicas_of(name)
-        if item.metadata.deleted is None
-    ]
-    health = record_health(volume, record)
+    items = [item for item in context.replicas_of(name) if item.metadata.deleted is None]
+    replicas = [replica_view(item, record, answer) for item in items]
+    health = record_health(volume, record, items)
     if answer is not None:
         health = daemon_health(volume, answer)
     elif volume.spec.attached and status.state in ("attached", "error"):
@@ -136,10 +133,13 @@ def replica_view(item: Replica, record: Record | None, answer: Answer | None) ->
     uid = item.metadata.name
     member = record.members.get(uid) if record else None
     said = {m["replica_uuid"]: m for m in (answer or {}).get("members", [])}.get(uid, {})
+    state = said.get("state") or (member.state if member else "NEW")
+    if state == IN_SYNC and not said and item.status.state == "failed":
+        state = OUT  # the volume daemon will find that out; a person should not have to
     alive = item.status.pid is not None and _is_alive(item.status.pid)
     return ReplicaView(
         id=uid,
-        state=said.get("state") or (member.state if member else "NEW"),
+        state=state,
         address=item.status.address,
         path=item.spec.path,
         pid=item.status.pid if alive else None,
