@@ -11,6 +11,7 @@ written.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -97,6 +98,18 @@ class VolatileDisk:
                 path = os.path.join(folder, name)
                 if not name.endswith((".json", "lock")):
                     self._settle(path, random)
+
+    def cut_power_keeping(self, kept: Callable[[str, int], bool]) -> None:
+        """A power cut where `kept(file name, page number)` says which changed pages survive."""
+        for path in [*self.durable]:
+            if not path.endswith(".json") and os.path.exists(path):
+                before, now = self.durable[path], read_pages(path)
+                with open(path, "r+b", buffering=0) as file:
+                    for number in {*before, *now}:
+                        if not kept(os.path.basename(path), number):
+                            page = before.get(number, ZERO)
+                            os.pwrite(file.fileno(), page, number * PAGE_BYTES)
+                self.durable[path] = read_pages(path)
 
     def _settle(self, path: str, random: Random) -> None:
         before, now = self.durable.get(path, {}), read_pages(path)
