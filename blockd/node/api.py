@@ -45,7 +45,7 @@ LABEL_BYTES_MAX = 256
 
 Wait = Annotated[
     float,
-    Parameter(query="wait", ge=0, le=WAIT_SECONDS_MAX, description="Seconds to wait; 0: do not."),
+    Parameter(ge=0, le=WAIT_SECONDS_MAX, description="Seconds to wait; 0: do not."),
 ]
 
 
