@@ -12,10 +12,11 @@ from __future__ import annotations
 import heapq
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 READ = select.EPOLLIN
@@ -42,6 +43,37 @@ class Timer:
         return self.due_seconds < other.due_seconds
 
 
+class Workers:
+    """Up to WORKERS_MAX threads, started when there is work for them."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0  # submitted and not ended; a guess is good enough to start a thread
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` in one of the threads; called by the loop's thread only."""
+        self._queue.put(work)
+        self._unfinished += 1
+        if len(self._threads) < min(self._unfinished, WORKERS_MAX):
+            thread = threading.Thread(target=self._run, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
+            self._unfinished -= 1
+
+    def end(self) -> None:
+        """Finish what was submitted and end the threads."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+
 class Loop:
     """One epoll loop."""
 
@@ -51,7 +83,7 @@ class Loop:
         self._timers: list[Timer] = []
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers = Workers()
         self.running = False
         self.register(self._wake, READ, self._woken)
 
@@ -90,8 +122,6 @@ class Loop:
         done: Callable[[Any, BaseException | None], None],
     ) -> None:
         """Run `work` in a worker thread, then `done(result, error)` in the loop."""
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(WORKERS_MAX)
 
         def run() -> None:
             result: Any = None
@@ -116,9 +146,8 @@ class Loop:
                     handler(events)
             if self._timers:
                 self._run_timers()
-        if self._workers is not None:
-            self._workers.shutdown(wait=True)
-            self._run_posted()
+        self._workers.end()
+        self._run_posted()
 
     def stop(self) -> None:
         """Leave `run` after the current round."""

@@ -30,14 +30,12 @@ session. No socket, file or clock here.
 
 from __future__ import annotations
 
-import hmac
 import json
 import struct
+from _operator import _compare_digest
 from typing import Any
 
-from crc32c import crc32c
-
-from protocol.checksum import block_checksum, block_checksums
+from protocol.checksum import blake2b, block_checksum, block_checksums, crc32c
 from protocol.errors import PeerError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 
@@ -93,7 +91,7 @@ def frame(
 
 
 def pack_into(
-    buffer: bytearray,
+    buffer: bytearray | memoryview,
     position: int,
     operation: int,
     sequence: int,
@@ -199,6 +197,12 @@ def needed(view: memoryview, start: int, end: int) -> int:
 
 
 def proof(key: bytes, role: str, first_nonce: str, second_nonce: str, volume_uuid: str) -> str:
-    """HMAC-SHA256 that `role` ("volume" or "replica") knows the volume's key."""
+    """Keyed BLAKE2b (RFC 7693) that `role` ("volume" or "replica") knows the volume's key."""
     message = f"blockd-wire-1|{role}|{first_nonce}|{second_nonce}|{volume_uuid}".encode()
-    return hmac.new(key, message, "sha256").hexdigest()
+    hashed_key = blake2b(key).digest()  # a key of any length becomes one of 64 bytes
+    return blake2b(message, key=hashed_key, digest_size=32).hexdigest()
+
+
+def same_proof(expected: str, given: object) -> bool:
+    """Compare two proofs in a time that does not depend on where they differ."""
+    return _compare_digest(expected.encode(), str(given).encode())

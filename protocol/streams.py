@@ -12,6 +12,7 @@ last byte of it was taken by the kernel. The socket calls come in as arguments.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -22,22 +23,26 @@ _LOW_SPACE_BYTES = 256 << 10  # below this much free space the unread rest moves
 Buffer = bytes | bytearray | memoryview
 
 
+def lazy_buffer(capacity: int) -> memoryview:
+    """`capacity` bytes that take memory only where they are used (a bytearray takes it at once)."""
+    return memoryview(mmap.mmap(-1, capacity))
+
+
 class Inbox:
     """One growing and renewing receive buffer."""
 
-    __slots__ = ("buffer", "capacity", "end", "start", "view")
+    __slots__ = ("buffer", "capacity", "end", "start")
 
     def __init__(self, capacity: int = INBOX_BYTES) -> None:
         self.capacity = capacity
-        self.buffer = bytearray(capacity)
-        self.view = memoryview(self.buffer)
+        self.buffer = lazy_buffer(capacity)
         self.start = 0
         self.end = 0
 
     def receive(self, recv_into: Callable[[memoryview], int]) -> int:
         """Bytes received; 0 at the end of the stream, -1 if nothing is there now."""
         try:
-            count = recv_into(self.view[self.end :])
+            count = recv_into(self.buffer[self.end :])
         except (BlockingIOError, InterruptedError):
             return -1
         self.end += count
@@ -51,7 +56,7 @@ class Inbox:
         elif not left:
             self.start = self.end = 0
         elif self.capacity - self.end < _LOW_SPACE_BYTES and start:
-            self.buffer[:left] = self.view[start : self.end]
+            self.buffer[:left] = self.buffer[start : self.end]
             self.start, self.end = 0, left
         else:
             self.start = start
@@ -62,11 +67,11 @@ class Inbox:
             self._renew(self.start, max(count, INBOX_BYTES))
 
     def _renew(self, start: int, capacity: int) -> None:
-        rest = self.view[start : self.end]
+        rest = self.buffer[start : self.end]
         capacity = max(capacity, len(rest) + _LOW_SPACE_BYTES)
-        buffer = bytearray(capacity)
-        buffer[: len(rest)] = rest
-        self.buffer, self.view, self.capacity = buffer, memoryview(buffer), capacity
+        self.buffer = lazy_buffer(capacity)
+        self.buffer[: len(rest)] = rest
+        self.capacity = capacity
         self.start, self.end = 0, len(rest)
 
 

@@ -23,13 +23,11 @@ reference can go on reading while the event loop forgets the layer, evicts or un
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import struct
 
-from crc32c import crc32c
-
+from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 from snapshots.masks import EMPTY_MAP
@@ -70,7 +68,7 @@ def layer_path(directory: str, layer_id: int) -> str:
 
 
 def _header(layer_id: int, size_bytes: int, replica_uuid: str) -> bytes:
-    owner = hashlib.blake2b(replica_uuid.encode(), digest_size=16).digest()
+    owner = blake2b(replica_uuid.encode(), digest_size=16).digest()
     packed = _HEADER.pack(_MAGIC, FORMAT_VERSION, layer_id, size_bytes, owner, 0)[:-4]
     return (packed + struct.pack("<I", crc32c(packed))).ljust(BLOCK_BYTES, b"\0")
 

@@ -12,13 +12,13 @@ was composed, and an older text never replaces a younger one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from protocol.checksum import blake2b
 from protocol.errors import StorageError
 from protocol.units import SNAPSHOTS_MAX
 from snapshots.syscalls import storage_error, sync_directory, write_all
@@ -66,7 +66,7 @@ def encode(metadata: Metadata) -> bytes:
         {key: value for key, value in layer.items() if key != "allocated_bytes"}
         for layer in fields["layers"]
     ]
-    fields["checksum"] = hashlib.blake2b(_text(fields), digest_size=16).hexdigest()
+    fields["checksum"] = blake2b(_text(fields), digest_size=16).hexdigest()
     return _text(fields)
 
 
@@ -88,7 +88,7 @@ def decode(path: str, text: bytes) -> Metadata:
         raise StorageError(damaged)
     version = fields.pop("format_version", None)
     checksum = fields.pop("checksum", None)
-    expected = hashlib.blake2b(_text({**fields, "format_version": version}), digest_size=16)
+    expected = blake2b(_text({**fields, "format_version": version}), digest_size=16)
     if checksum != expected.hexdigest():
         raise StorageError(damaged)
     if version != FORMAT_VERSION:

@@ -1,14 +1,13 @@
 """Opening a session with a replica daemon: connect, HELLO, PROVE, FENCE, in a blocking way.
 
 Done before the loop runs or in a worker thread; the socket then becomes non-blocking and belongs
-to the loop. Both sides prove that they know the volume's key (HMAC over both nonces), so a
+to the loop. Both sides prove that they know the volume's key (a keyed hash of both nonces), so a
 foreign process on the network can neither serve nor read a volume.
 """
 
 from __future__ import annotations
 
-import hmac
-import secrets
+import os
 import socket
 from typing import Any
 
@@ -32,13 +31,13 @@ class Session:
             raise
 
     def _greet(self, volume_uuid: str, key: bytes) -> dict[str, Any]:
-        ours = secrets.token_hex(wire.NONCE_BYTES)
+        ours = os.urandom(wire.NONCE_BYTES).hex()
         hello = self.ask(
             wire.HELLO, {"versions": [wire.VERSION], "volume_uuid": volume_uuid, "nonce": ours}
         )
         theirs = str(hello.get("nonce"))
         expected = wire.proof(key, "replica", ours, theirs, volume_uuid)
-        if not hmac.compare_digest(expected, str(hello.get("proof"))):
+        if not wire.same_proof(expected, hello.get("proof")):
             raise PeerError(
                 f"the replica at {self.address} does not know the key of this volume; "
                 "check --key-file on both sides"

@@ -19,6 +19,7 @@ from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.checksum import block_checksums
 from protocol.errors import BlockdError, StorageError
+from protocol.streams import lazy_buffer
 from protocol.units import BLOCKS_PER_REGION
 from snapshots.replica import Replica
 
@@ -68,7 +69,7 @@ class LocalMember:
         self._daemon = daemon
         self._service = session.service
         self._replica = session.service.replica
-        self._arena = memoryview(bytearray(ARENA_BYTES))
+        self._arena = lazy_buffer(ARENA_BYTES)
         self._used = 0
         self._open = True
 
@@ -78,7 +79,7 @@ class LocalMember:
         while queue and self._open:
             messages, queue[:] = list(queue), []
             if self._used and self._daemon.answers_waiting():
-                self._arena = memoryview(bytearray(ARENA_BYTES))  # the old one is still being sent
+                self._arena = lazy_buffer(ARENA_BYTES)  # the old one is still being sent
             self._used = 0
             self._deliver(self._batch(messages))
         return True
@@ -131,7 +132,7 @@ class LocalMember:
         self._service.reads += 1
         count = length >> 12
         if self._used + length + 4 * count > ARENA_BYTES:
-            self._arena = memoryview(bytearray(ARENA_BYTES))
+            self._arena = lazy_buffer(ARENA_BYTES)
             self._used = 0
         base = self._used
         used = self._replica.read_into(

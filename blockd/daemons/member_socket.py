@@ -51,14 +51,14 @@ class MemberSocket:
         inbox = self._inbox
         frames: list[wire.Frame] = []
         try:
-            start = wire.parse(inbox.buffer, inbox.view, inbox.start, inbox.end, frames)
+            start = wire.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, frames)
             self._daemon.engine.received(self.link, frames)
         except PeerError as error:
             self._lost(str(error))
             return
         inbox.take(start, pinned=not self._daemon.send_everything())
         if inbox.end > inbox.start:
-            inbox.reserve(wire.needed(inbox.view, inbox.start, inbox.end))
+            inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
 
     def flush(self) -> bool:
         """Send the link's outbox; True if all of it left."""

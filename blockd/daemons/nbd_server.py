@@ -159,7 +159,7 @@ class NbdConnection:
 
     def _negotiate(self) -> None:
         inbox, handshake = self._inbox, self._handshake
-        data = inbox.view[inbox.start : inbox.end]
+        data = inbox.buffer[inbox.start : inbox.end]
         inbox.take(inbox.end)
         answer = handshake.receive(data)
         if answer:
@@ -188,12 +188,12 @@ class NbdConnection:
         inbox = self._inbox
         batch: list[requests.Request] = []
         try:
-            start = self._parser.parse(inbox.buffer, inbox.view, inbox.start, inbox.end, batch)
+            start = self._parser.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, batch)
         finally:
             self._run(batch)
         inbox.take(start, pinned=not self._daemon.send_to_members())
         if inbox.end > inbox.start:
-            inbox.reserve(self._parser.needed(inbox.view, inbox.start, inbox.end))
+            inbox.reserve(self._parser.needed(inbox.buffer, inbox.start, inbox.end))
         self._daemon.send_to_clients()
         if self._daemon.congested and not self._blocked and self._socket is not None:
             self._daemon.loop.modify(self._socket.fileno(), 0)

@@ -14,8 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
-import hmac
-import secrets
+import os
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from protocol.errors import (
     StateError,
     StorageError,
 )
-from protocol.streams import Inbox, Outbox
+from protocol.streams import Inbox, Outbox, lazy_buffer
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ class ReplicaSession:
         self._socket: socket.socket | None = sock
         self._inbox = Inbox()
         self._outbox = Outbox()
-        self._arena = bytearray(ARENA_BYTES)
-        self._arena_view = memoryview(self._arena)
+        self._arena = lazy_buffer(ARENA_BYTES)
         self._arena_used = 0
         self._arena_queued = 0
         self._nonces = ("", "")
@@ -91,7 +89,7 @@ class ReplicaSession:
         inbox = self._inbox
         frames: list[wire.Frame] = []
         try:
-            start = wire.parse(inbox.buffer, inbox.view, inbox.start, inbox.end, frames)
+            start = wire.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, frames)
             if self.fenced:
                 self._batch(frames)
             else:
@@ -112,7 +110,7 @@ class ReplicaSession:
             return
         inbox.take(start)
         if inbox.end > inbox.start:
-            inbox.reserve(wire.needed(inbox.view, inbox.start, inbox.end))
+            inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
         self.flush()
 
     def flush(self) -> None:
@@ -148,13 +146,12 @@ class ReplicaSession:
 
     def _queue_arena(self) -> None:
         if self._arena_used > self._arena_queued:
-            self._outbox.queue.append(self._arena_view[self._arena_queued : self._arena_used])
+            self._outbox.queue.append(self._arena[self._arena_queued : self._arena_used])
             self._arena_queued = self._arena_used
 
     def _new_arena(self) -> None:
         """The old one stays alive until its last byte is sent."""
-        self._arena = bytearray(ARENA_BYTES)
-        self._arena_view = memoryview(self._arena)
+        self._arena = lazy_buffer(ARENA_BYTES)
         self._arena_used = self._arena_queued = 0
 
     def _room(self, count: int) -> int:
@@ -207,7 +204,7 @@ class ReplicaSession:
             )
         asked = str(content.get("volume_uuid"))
         self._service.check_volume(asked)
-        theirs, ours = str(content.get("nonce")), secrets.token_hex(wire.NONCE_BYTES)
+        theirs, ours = str(content.get("nonce")), os.urandom(wire.NONCE_BYTES).hex()
         self._nonces, self._hello_uuid = (theirs, ours), asked
         answer = self._service.describe()
         answer["nonce"] = ours
@@ -217,7 +214,7 @@ class ReplicaSession:
     def _prove(self, sequence: int, content: dict[str, Any]) -> None:
         theirs, ours = self._nonces
         expected = wire.proof(self._daemon.key, "volume", ours, theirs, self._hello_uuid)
-        if not hmac.compare_digest(expected, str(content.get("proof"))):
+        if not wire.same_proof(expected, content.get("proof")):
             raise PeerError("the peer does not know the key of this volume; check --key-file")
         self._proven = True
         self._send(wire.json_frame(wire.ANSWER, sequence, {}))
@@ -308,7 +305,7 @@ class ReplicaSession:
         start = base + wire.HEADER_BYTES
         try:
             used = self._replica.read_into(
-                offset // BLOCK_BYTES, count, self._arena_view[start:], layer_id, nowait=True
+                offset // BLOCK_BYTES, count, self._arena[start:], layer_id, nowait=True
             )
         except BlockdError as error:
             self._refuse(sequence, error)
