@@ -114,20 +114,24 @@ class VolumeReconciler:
         addresses = [
             item.status.address
             for item in replicas
-            if item.status.address and item.metadata.name in record.members
+            # A volume daemon waits for every replica it is told of; one that does not run is OUT.
+            if item.status.state == "running"
+            and item.status.address
+            and item.metadata.name in record.members
         ]
         spec = context.volume_daemon(volume, addresses)
         if context.supervisor.pid(spec) is None:
             self._note(volume, pid=None)
             ended = context.supervisor.ended(spec)
             fenced = ended is not None and ended.code == ConflictError.exit_code
-            if volume.status.fenced or (fenced and record.epoch > volume.status.epoch > 0):
+            fenced = fenced and record.epoch > volume.status.epoch > 0
+            if volume.spec.attached and (fenced or volume.status.fenced):
                 self._note(volume, fenced=True)
                 raise ConflictError(
                     f"volume {name} was taken over by another owner (epoch {record.epoch}); to "
                     f"take it back: `blockd volume detach {name}`, then attach it"
                 )
-            if not any(item.status.state == "running" for item in replicas):
+            if not addresses:
                 reasons = "; ".join(sorted({i.status.message or "" for i in replicas}))
                 raise StateError(f"no replica of volume {name} runs: {reasons}")
         answer = context.supervisor.ensure(spec)

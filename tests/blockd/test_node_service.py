@@ -240,7 +240,7 @@ def test_a_lost_record_is_an_error_and_no_reason_to_start_anew(node: NodeHarness
 
 
 def test_a_fenced_volume_daemon_is_left_alone_until_the_user_decides(node: NodeHarness) -> None:
-    node.create("data")
+    node.create("data", replicas=2)
     view = node.attach("data")
     other = subprocess.Popen(_by_hand(node), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
