@@ -93,23 +93,28 @@ class VolatileDisk:
 
     def cut_power(self, random: Random) -> None:
         """Rewrite all files to something a power cut could have left."""
-        for folder, _, names in os.walk(self.directory):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not name.endswith((".json", "lock")):
-                    self._settle(path, random)
+        for path in self._files():
+            self._settle(path, random)
 
     def cut_power_keeping(self, kept: Callable[[str, int], bool]) -> None:
         """A power cut where `kept(file name, page number)` says which changed pages survive."""
-        for path in [*self.durable]:
-            if not path.endswith(".json") and os.path.exists(path):
-                before, now = self.durable[path], read_pages(path)
-                with open(path, "r+b", buffering=0) as file:
-                    for number in {*before, *now}:
-                        if not kept(os.path.basename(path), number):
-                            page = before.get(number, ZERO)
-                            os.pwrite(file.fileno(), page, number * PAGE_BYTES)
-                self.durable[path] = read_pages(path)
+        for path in self._files():
+            before, now = self.durable.get(path, {}), read_pages(path)
+            with open(path, "r+b", buffering=0) as file:
+                for number in {*before, *now}:
+                    if not kept(os.path.basename(path), number):
+                        page = before.get(number, ZERO)
+                        os.pwrite(file.fileno(), page, number * PAGE_BYTES)
+            self.durable[path] = read_pages(path)
+
+    def _files(self) -> list[str]:
+        """All files a cut can damage: what is renamed into place is durable before."""
+        return [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(self.directory)
+            for name in names
+            if not name.endswith((".json", "lock"))
+        ]
 
     def _settle(self, path: str, random: Random) -> None:
         before, now = self.durable.get(path, {}), read_pages(path)

@@ -238,6 +238,8 @@ def base(path: Path) -> Replica:
     replica.seal(2, "one", "2026-01-01T00:00:00Z", {})
     write_numbers(replica, BASE + 2, [202, 203])
     replica.flush()
+    while replica.maintain():  # until no zone is dirty
+        pass
     return replica
 
 
