@@ -1,0 +1,354 @@
+"""A replica without sockets, files or threads: the wire on one side, plain dictionaries below.
+
+It is as strict as a real one: what the wire forbids is a violation, which ends the session and is
+remembered, and the tests look at `violations` at the end. Answers that a real replica gives from
+a thread (flushes, cold reads) wait in `deferred` when `defers` is set, so that a test can let them
+overtake each other.
+
+A layer is a dictionary from block number to data or None (None: explicitly zero; no key: look in
+the parent).
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from protocol import replica as wire
+from protocol.checksum import block_checksums
+from protocol.errors import (
+    BlockdError,
+    ConflictError,
+    NotFoundError,
+    RequestError,
+    StateError,
+    StorageError,
+)
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
+
+ZERO_BLOCK = bytes(BLOCK_BYTES)
+Fault = Callable[[int, int, int], int]
+"""(operation, offset, length) of a WRITE, ZERO or READ to an errno, 0 = go on"""
+
+
+@dataclass
+class Layer:
+    """One layer and its place in the tree."""
+
+    parent: int
+    name: str = ""
+    removed: bool = False
+    blocks: dict[int, bytes | None] = field(default_factory=dict)
+
+
+def no_fault(operation: int, offset: int, length: int) -> int:
+    """Nothing goes wrong."""
+    return 0
+
+
+class VirtualReplica:
+    """One copy of a volume. Sessions come and go (`attach`); the content stays."""
+
+    def __init__(self, replica_uuid: str, size_bytes: int) -> None:
+        self.replica_uuid = replica_uuid
+        self.size_bytes = size_bytes
+        self.layers: dict[int, Layer] = {1: Layer(0)}
+        self.head_id = 1
+        self.complete = True
+        self.applied = 0
+        self.durable = 0
+        self.order: list[int] = []
+        self.controls: list[dict[str, Any]] = []
+        self.violations: list[str] = []
+        self.fault: Fault = no_fault
+        self.refuse_control: dict[str, BlockdError] = {}
+        self.refuse_layer_read: set[tuple[int, int]] = set()
+        self.flush_fails = False
+        self.corrupt: set[int] = set()
+        self.paused = False
+        self.defers = False
+        self.deferred: list[Callable[[], bytes]] = []
+        self.reads = 0
+        self.attach()
+
+    def attach(self) -> None:
+        """A new session: nothing of the old one is left."""
+        self._input = bytearray()
+        self.deferred = []
+        self.closed = False
+        self.paused = False
+
+    # ---- content --------------------------------------------------------------------------
+
+    def block(self, number: int, layer_id: int = 0) -> bytes | None:
+        """The visible data of one block, None if it reads as zeros."""
+        layer_id = layer_id or self.head_id
+        while layer_id:
+            layer = self.layers[layer_id]
+            if number in layer.blocks:
+                return layer.blocks[number]
+            layer_id = layer.parent
+        return None
+
+    def content(self, layer_id: int = 0) -> bytes:
+        """All bytes of the live volume or of a layer seen as a snapshot."""
+        count = self.size_bytes // BLOCK_BYTES
+        return b"".join(self.block(number, layer_id) or ZERO_BLOCK for number in range(count))
+
+    # ---- frames ---------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> bytes:
+        """Bytes of the volume daemon in, answers out."""
+        self._input += data
+        buffer = self._input
+        frames: list[wire.Frame] = []
+        start = wire.parse(buffer, memoryview(buffer), 0, len(buffer), frames)
+        answers = bytearray()
+        applied = 0
+        for frame in frames:
+            if self.closed:
+                break
+            if frame[0] in (wire.WRITE, wire.ZERO):
+                answers += self._change(frame)
+                applied = frame[4]
+                continue
+            if applied and frame[0] != wire.READ:
+                answers += self._applied(applied)
+                applied = 0
+            answers += self._other(frame)
+        if applied and not self.closed:
+            answers += self._applied(applied)
+        self._input = bytearray(buffer[start:])
+        return bytes(answers)
+
+    def _violation(self, what: str) -> bytes:
+        self.violations.append(what)
+        self.closed = True
+        return self._refuse(0, RequestError(what))
+
+    def _applied(self, sequence: int) -> bytes:
+        self.applied = sequence
+        return wire.frame(wire.APPLIED, sequence)
+
+    @staticmethod
+    def _refuse(sequence: int, error: BlockdError) -> bytes:
+        head = len(wire.frame(0, 0))
+        payload = wire.json_frame(0, 0, {"code": error.code, "message": str(error)})[head:]
+        return (
+            wire.frame(wire.REFUSED, sequence, argument=error.errno, payload_bytes=len(payload))
+            + payload
+        )
+
+    def _bad_range(self, offset: int, length: int) -> str:
+        if offset % BLOCK_BYTES or length % BLOCK_BYTES or not length:
+            return f"offset {offset} length {length} is not whole blocks"
+        if offset + length > self.size_bytes:
+            return f"offset {offset} length {length} ends beyond the volume"
+        return ""
+
+    def _change(self, frame: wire.Frame) -> bytes:
+        operation, _, length, offset, sequence, _, payload = frame
+        if bad := self._bad_range(offset, length):
+            return self._violation(bad)
+        if self.order and sequence <= self.order[-1]:
+            return self._violation(f"sequence {sequence} after {self.order[-1]}")
+        if operation == wire.WRITE and length > PIECE_BYTES_MAX:
+            return self._violation(f"a write of {length} bytes")
+        self.order.append(sequence)
+        if code := self.fault(operation, offset, length):
+            return self._refuse(sequence, StorageError("no", errno=code))
+        count = length // BLOCK_BYTES
+        first = offset // BLOCK_BYTES
+        head = self.layers[self.head_id].blocks
+        if operation == wire.ZERO:
+            for number in range(first, first + count):
+                head[number] = None
+            return b""
+        if payload is None or len(payload) != length + 4 * count:
+            return self._violation("a write with another payload size")
+        data = payload[4 * count :]
+        if list(struct.unpack_from(f"<{count}I", payload)) != block_checksums(data):
+            return self._violation("a damaged write")
+        for index in range(count):
+            head[first + index] = bytes(data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+        return b""
+
+    def _other(self, frame: wire.Frame) -> bytes:
+        operation, _, length, offset, sequence, argument, payload = frame
+        try:
+            if operation == wire.READ:
+                return self._read(sequence, offset, length, argument)
+            if operation == wire.FLUSH:
+                return self._flush(sequence)
+            if operation == wire.EXTENTS:
+                return self._extents(sequence, offset, length, argument)
+            if operation == wire.CONTROL:
+                answer = self._control(wire.json_content(payload))
+                return wire.json_frame(wire.ANSWER, sequence, answer)
+            if operation == wire.LAYER_READ:
+                return self._layer_read(sequence, argument, offset)
+            if operation == wire.LAYER_WRITE and payload is not None:
+                self._layer_write(argument, offset, payload)
+                return wire.json_frame(wire.ANSWER, sequence, {})
+        except BlockdError as error:
+            return self._refuse(sequence, error)
+        return self._violation(f"operation {operation}")
+
+    def _later(self, answer: Callable[[], bytes]) -> bytes:
+        if not self.defers:
+            return answer()
+        self.deferred.append(answer)
+        return b""
+
+    def _read(self, sequence: int, offset: int, length: int, layer_id: int) -> bytes:
+        if bad := self._bad_range(offset, length):
+            return self._violation(bad)
+        if length > PIECE_BYTES_MAX:
+            return self._violation(f"a read of {length} bytes is over the limit")
+        if not self.complete and not layer_id:
+            raise StateError("this replica is being rebuilt")
+        if layer_id and layer_id not in self.layers:
+            raise NotFoundError(f"no layer {layer_id}")
+        if code := self.fault(wire.READ, offset, length):
+            raise StorageError("cannot be read", errno=code)
+        self.reads += 1
+        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
+        blocks = [self.block(number, layer_id) for number in range(first, first + count)]
+        bad = [number in self.corrupt for number in range(first, first + count)]
+        payload = _payload(blocks, bad)
+        answer = wire.frame(
+            wire.DATA, sequence, length=length, offset=offset, payload_bytes=len(payload)
+        )
+        return self._later(lambda: answer + payload)
+
+    def _flush(self, sequence: int) -> bytes:
+        covered = self.order[-1] if self.order else 0
+
+        def end() -> bytes:
+            if self.flush_fails:
+                return self._refuse(sequence, StorageError("fdatasync failed"))
+            self.durable = max(self.durable, covered)
+            return wire.frame(wire.FLUSHED, sequence)
+
+        return self._later(end)
+
+    def _extents(self, sequence: int, offset: int, length: int, layer_id: int) -> bytes:
+        if bad := self._bad_range(offset, length):
+            return self._violation(bad)
+        runs: list[list[int]] = []
+        for number in range(offset // BLOCK_BYTES, (offset + length) // BLOCK_BYTES):
+            has_data = self.block(number, layer_id) is not None
+            if runs and runs[-1][1] == has_data:
+                runs[-1][0] += 1
+            else:
+                runs.append([1, has_data])
+        payload = b"".join(struct.pack("<II", *run) for run in runs)
+        return wire.frame(wire.EXTENT_LIST, sequence, payload_bytes=len(payload)) + payload
+
+    # ---- layers ---------------------------------------------------------------------------
+
+    def _control(self, content: dict[str, Any]) -> dict[str, Any]:
+        what = content["do"]
+        if what in self.refuse_control:
+            raise self.refuse_control[what]
+        self.controls.append(content)
+        if what == "seal":
+            new_head = content["new_head_id"]
+            if new_head in self.layers:
+                raise ConflictError(f"layer {new_head} exists")
+            self.layers[self.head_id].name = content["name"]
+            self.layers[new_head] = Layer(self.head_id)
+            self.head_id = new_head
+        elif what == "remove":
+            layer = self._layer(content["layer_id"])
+            layer.removed, layer.name = True, ""
+        elif what == "revert":
+            self._layer(content["layer_id"])
+            del self.layers[self.head_id]
+            self.head_id = content["new_head_id"]
+            self.layers[self.head_id] = Layer(content["layer_id"])
+        elif what == "layer_regions":
+            blocks = self._layer(content["layer_id"]).blocks
+            return {"regions": sorted({number // BLOCKS_PER_REGION for number in blocks})}
+        elif what == "fold":
+            self.paused = content["paused"]
+        elif what == "begin_sync":
+            self.complete = False
+            self.layers = {
+                layer["id"]: Layer(
+                    layer["parent"], layer.get("name", ""), layer.get("removed", False)
+                )
+                for layer in content["layers"]
+            }
+            self.head_id = content["head_id"]
+        elif what == "end_sync":
+            self.complete = True
+            self.durable = self.order[-1] if self.order else 0
+        else:
+            raise RequestError(f"unknown control request {what!r}")
+        return {}
+
+    def fold(self, layer_id: int) -> None:
+        """What background work does with a removed layer that has one child."""
+        assert not self.paused
+        layer = self._layer(layer_id)
+        assert layer.removed
+        (child,) = [other for other in self.layers.values() if other.parent == layer_id]
+        child.blocks = {**layer.blocks, **child.blocks}
+        child.parent = layer.parent
+        del self.layers[layer_id]
+
+    def _layer(self, layer_id: int) -> Layer:
+        if layer_id not in self.layers:
+            raise NotFoundError(f"layer {layer_id} does not exist")
+        return self.layers[layer_id]
+
+    def _layer_read(self, sequence: int, layer_id: int, region: int) -> bytes:
+        if (layer_id, region) in self.refuse_layer_read:
+            raise StorageError("a bad sector", errno=errno.EIO)
+        layer = self._layer(layer_id).blocks
+        entries, data = [], []
+        for number in range(region * BLOCKS_PER_REGION, (region + 1) * BLOCKS_PER_REGION):
+            block = layer.get(number)
+            if block is None:
+                entries.append(1 if number in layer else 0)
+            else:
+                entries += block_checksums(memoryview(block))
+                data.append(block)
+        payload = struct.pack(f"<{BLOCKS_PER_REGION}I", *entries) + b"".join(data)
+        answer = wire.frame(wire.LAYER_DATA, sequence, offset=region, payload_bytes=len(payload))
+        return answer + payload
+
+    def _layer_write(self, layer_id: int, region: int, payload: memoryview) -> None:
+        layer = self._layer(layer_id).blocks
+        if self.complete:
+            raise StateError("layers are only written during a rebuild")
+        entries = struct.unpack_from(f"<{BLOCKS_PER_REGION}I", payload)
+        position = 4 * BLOCKS_PER_REGION
+        for index, entry in enumerate(entries):
+            number = region * BLOCKS_PER_REGION + index
+            layer.pop(number, None)
+            if entry == 1:
+                layer[number] = None
+            elif entry:
+                block = payload[position : position + BLOCK_BYTES]
+                if block_checksums(block) != [entry]:
+                    raise StorageError("a block does not match its checksum at the source")
+                layer[number] = bytes(block)
+                position += BLOCK_BYTES
+
+
+def _payload(blocks: list[bytes | None], corrupt: list[bool]) -> bytes:
+    """DATA payload: entries, then the blocks that have data; `corrupt` ones damaged after that."""
+    entries, data = [], []
+    for block, bad in zip(blocks, corrupt, strict=True):
+        if block is None and not bad:
+            entries.append(1)
+            continue
+        block = block or ZERO_BLOCK
+        entries += block_checksums(memoryview(block))
+        data.append(bytes([block[0] ^ 1]) + block[1:] if bad else block)
+    return struct.pack(f"<{len(entries)}I", *entries) + b"".join(data)

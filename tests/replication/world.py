@@ -1,0 +1,498 @@
+"""A volume in memory: engine, ledger and structure above virtual replicas; the test moves time.
+
+Nothing happens by itself. Bytes leave a link's outbox, arrive at a replica, and answers come back
+only in `step`, which does one thing chosen by the test's random numbers, or in `settle`, which
+does everything that is due. Work for threads, answers from threads and timers are steps too. So
+one seed is one run.
+
+After every batch the receive buffers are overwritten with garbage, as a real one would be by the
+next batch: who keeps a view of it too long is found out by wrong content.
+
+`model` is the volume as one plain bytearray: every operation is applied to it at the moment it
+gets its place in the order. At the end all members must equal it (`check_members`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from protocol import replica as wire
+from protocol.errors import BlockdError, ConflictError, NotFoundError, PeerError, StorageError
+from protocol.streams import Inbox
+from protocol.units import BLOCK_BYTES
+from replication import membership
+from replication.authority import IN_SYNC, OUT, Member, Record
+from replication.engine import Chunks, Engine
+from replication.ledger import Ledger
+from replication.link import Link
+from replication.rebuild import Rebuild
+from replication.structure import Structure
+from tests.replication.virtual_replica import VirtualReplica
+
+STEPS_MAX = 200_000  # more than any test needs; a livelock ends here
+VOLUME = "11111111-1111-1111-1111-111111111111"
+
+
+class Clock:
+    """Time, timers and threads, all waiting for the test."""
+
+    def __init__(self) -> None:
+        self.now_seconds = 0.0
+        self.jobs: list[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = []
+        self.posted: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+
+    def now(self) -> float:
+        return self.now_seconds
+
+    def in_thread(
+        self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        self.jobs.append((work, done))
+
+    def later(self, delay_seconds: float, call: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._timers, (self.now_seconds + delay_seconds, self._count, call))
+
+    def run_job(self, index: int) -> None:
+        """A thread does its work; its answer is posted to the loop."""
+        work, done = self.jobs.pop(index)
+        try:
+            result, failure = work(), None
+        except BaseException as error:
+            result, failure = None, error
+        self.posted.append(lambda: done(result, failure))
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass and run what is due."""
+        self.now_seconds += seconds
+        while self._timers and self._timers[0][0] <= self.now_seconds:
+            heapq.heappop(self._timers)[2]()
+
+
+class MemoryAuthority:
+    """Records in a dictionary. `away`: it cannot be reached; `lose_answers`: that many swaps are
+    done, but the caller never hears of it."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.history: list[Record] = []
+        self.away = False
+        self.lose_answers = 0
+
+    def _reach(self) -> None:
+        if self.away:
+            raise StorageError("the authority is away")
+
+    def load(self, volume_uuid: str) -> Record | None:
+        self._reach()
+        return self.records.get(volume_uuid)
+
+    def find(self, volume_name: str) -> Record | None:
+        self._reach()
+        return next((r for r in self.records.values() if r.volume_name == volume_name), None)
+
+    def create(self, record: Record) -> Record:
+        self._reach()
+        if record.volume_uuid in self.records:
+            raise ConflictError("exists")
+        return self._store(replace(record, version=1))
+
+    def swap(self, record: Record) -> Record:
+        self._reach()
+        old = self.records.get(record.volume_uuid)
+        if old is None:
+            raise NotFoundError("no record")
+        if old.version != record.version:
+            raise ConflictError("moved")
+        stored = self._store(replace(record, version=record.version + 1))
+        if self.lose_answers:
+            self.lose_answers -= 1
+            raise StorageError("the answer was lost")
+        return stored
+
+    def delete(self, volume_uuid: str) -> None:
+        self._reach()
+        self.records.pop(volume_uuid, None)
+
+    def _store(self, record: Record) -> Record:
+        self.records[record.volume_uuid] = record
+        self.history.append(record)
+        return record
+
+    def edit(self, change: Callable[[Record], Record]) -> None:
+        """Somebody else changes the record."""
+        record = self.records[VOLUME]
+        self._store(replace(change(record), version=record.version + 1))
+
+
+@dataclass
+class Request:
+    """One client request and what became of it."""
+
+    kind: str
+    offset: int
+    length: int
+    data: bytes = b""
+    submitted_at: int = 0
+    error: int | None = None
+    result: Any = None
+    answers: int = 0
+    sequences: list[int] = field(default_factory=list)
+
+    @property
+    def answered(self) -> bool:
+        return self.answers > 0
+
+
+class Pipe:
+    """The bytes between a link and its replica."""
+
+    def __init__(self, link: Link, replica: VirtualReplica) -> None:
+        self.link = link
+        self.replica = replica
+        self.to_replica = bytearray()
+        self.to_volume = bytearray()
+        self.inbox = Inbox(1 << 16)
+        self.stalled = False  # nothing arrives at the replica
+        self.muted = False  # nothing comes back
+
+
+class World:
+    """One open volume with `count` members."""
+
+    def __init__(self, count: int = 3, size_bytes: int = 64 * BLOCK_BYTES, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.clock = Clock()
+        self.authority = MemoryAuthority()
+        self.size_bytes = size_bytes
+        self.replicas = {f"r{n}": VirtualReplica(f"r{n}", size_bytes) for n in range(count)}
+        members = {uuid: Member(IN_SYNC, f"address-of-{uuid}") for uuid in self.replicas}
+        record = self.authority.create(Record(VOLUME, "vol", size_bytes, members, epoch=1))
+        self.fenced: list[str] = []
+        self.ledger = Ledger(self.authority, record, self.clock, self.fenced.append)
+        self.engine = Engine(self.ledger, self.clock.now)
+        self.engine.on_lost = lambda link, reason: self._lost(link)
+        self.structure = Structure(self.engine, lambda: "2026-01-01T00:00:00Z")
+        self.pipes: dict[str, Pipe] = {}
+        self.requests: list[Request] = []
+        self.model = bytearray(size_bytes)
+        self.events: list[tuple[int, int]] = []  # block ranges, in the order of the volume
+        self.versions: dict[int, list[tuple[int, bytes]]] = {}
+        self._nested = 0
+        self._spy()
+        for uuid in self.replicas:
+            link = Link(uuid, f"address-of-{uuid}", IN_SYNC)
+            self.engine.links[uuid] = link
+            self.pipes[uuid] = Pipe(link, self.replicas[uuid])
+            membership.enter(self.engine, link)
+
+    # ---- the model ------------------------------------------------------------------------
+
+    def _spy(self) -> None:
+        """See every operation at the moment it gets its sequence number."""
+        engine = self.engine
+        send_write, send_zero = engine.send_write, engine.send_zero
+
+        def write(client: Any, cookie: Any, offset: int, data: memoryview, fua: bool) -> None:
+            before = engine.sequence
+            self._nested += 1
+            send_write(client, cookie, offset, data, fua)
+            self._nested -= 1
+            self._ordered(client, cookie, offset, len(data), before)
+
+        def zero(client: Any, cookie: Any, offset: int, length: int, keep: bool, fua: bool) -> None:
+            before = engine.sequence
+            self._nested += 1
+            send_zero(client, cookie, offset, length, keep, fua)
+            self._nested -= 1
+            self._ordered(client, cookie, offset, length, before)
+
+        engine.send_write = write  # type: ignore[method-assign]
+        engine.send_zero = zero  # type: ignore[method-assign]
+
+    def _ordered(self, client: Any, cookie: Any, offset: int, length: int, before: int) -> None:
+        if self._nested or self.engine.sequence == before:
+            return
+        while client is not self:  # a request in parts: the stand-in knows whose it is
+            client, cookie = client._client, client._cookie
+        request = self.requests[cookie]
+        request.sequences += range(before + 1, self.engine.sequence + 1)
+        start = max(offset, request.offset)
+        stop = min(offset + length, request.offset + request.length)
+        data = request.data or bytes(request.length)
+        self.model[start:stop] = data[start - request.offset : stop - request.offset]
+        self.events.append((offset, length))
+        for number in range(offset // BLOCK_BYTES, (offset + length) // BLOCK_BYTES):
+            block = bytes(self.model[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
+            self.versions.setdefault(number, []).append((len(self.events), block))
+
+    def _could_be(self, number: int, data: bytes, since: int) -> bool:
+        """Had block `number` this content at any time since `since` events had happened?"""
+        versions = self.versions.get(number, [])
+        old = [block for at, block in versions if at <= since]
+        current = old[-1] if old else bytes(BLOCK_BYTES)
+        return data == current or any(data == block for at, block in versions if at > since)
+
+    # ---- the client -----------------------------------------------------------------------
+
+    def _submit(self, request: Request) -> Request:
+        request.submitted_at = len(self.events)
+        self.requests.append(request)
+        return request
+
+    def write(self, offset: int, data: bytes, fua: bool = False) -> Request:
+        request = self._submit(Request("write", offset, len(data), data))
+        buffer = bytearray(data)
+        self.engine.write(self, len(self.requests) - 1, offset, memoryview(buffer), fua)
+        if self._send_everything(self.random.choice((1 << 30, 5000))):
+            buffer[:] = b"\xee" * len(buffer)  # the next batch arrives in the same buffer
+        return request
+
+    def zero(self, offset: int, length: int, keep: bool = False, fua: bool = False) -> Request:
+        request = self._submit(Request("zero", offset, length))
+        self.engine.zero(self, len(self.requests) - 1, offset, length, keep, fua)
+        return request
+
+    def read(self, offset: int, length: int, layer_id: int = 0) -> Request:
+        request = self._submit(Request("read", offset, length))
+        request.result = layer_id
+        self.engine.read(self, len(self.requests) - 1, offset, length, layer_id)
+        return request
+
+    def flush(self) -> Request:
+        request = self._submit(Request("flush", 0, 0))
+        self.engine.flush(self, len(self.requests) - 1)
+        return request
+
+    def ask_extents(self, offset: int, length: int, layer_id: int = 0) -> Request:
+        request = self._submit(Request("extents", offset, length))
+        self.engine.extents(self, len(self.requests) - 1, offset, length, layer_id)
+        return request
+
+    def done(self, cookie: Any, error: int) -> None:
+        request = self.requests[cookie]
+        request.answers += 1
+        request.error = error
+        if not error and request.kind in ("write", "zero"):
+            self._check_golden_rule(request)
+
+    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+        request = self.requests[cookie]
+        request.answers += 1
+        request.error = 0
+        assert offset == request.offset
+        assert sum(count for count, _ in chunks) == request.length
+        parts = [bytes(count) if part is None else bytes(part) for count, part in chunks]
+        assert [len(part) for part in parts] == [count for count, _ in chunks]
+        layer_id, request.result = request.result, b"".join(parts)
+        if not layer_id:
+            self._check_read(request)
+
+    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
+        request = self.requests[cookie]
+        request.answers += 1
+        request.error = 0
+        request.result = list(runs)
+
+    def _check_golden_rule(self, request: Request) -> None:
+        """Answered means: applied on every member the record counts on."""
+        assert request.sequences, "answered, but never sent to anybody"
+        for uuid, member in self.authority.records[VOLUME].members.items():
+            if member.state != OUT:
+                missing = set(request.sequences) - set(self.replicas[uuid].order)
+                assert not missing, f"answered before {uuid} ({member.state}) applied it"
+
+    def _check_read(self, request: Request) -> None:
+        """Every whole block read had that content while the read was under way."""
+        first = -(-request.offset // BLOCK_BYTES)
+        last = (request.offset + request.length) // BLOCK_BYTES
+        for number in range(first, last):
+            start = number * BLOCK_BYTES - request.offset
+            block = request.result[start : start + BLOCK_BYTES]
+            assert self._could_be(number, block, request.submitted_at), f"block {number} is wrong"
+
+    # ---- moving bytes ---------------------------------------------------------------------
+
+    def _send_everything(self, limit: int = 1 << 30) -> bool:
+        return all([self._send(pipe, limit) for pipe in list(self.pipes.values())])
+
+    def _send(self, pipe: Pipe, limit: int) -> bool:
+        def sendmsg(parts: list[Any]) -> int:
+            data = b"".join(parts)[:limit]
+            pipe.to_replica += data
+            return len(data)
+
+        return pipe.link.outbox.flush(sendmsg)
+
+    def _arrive(self, pipe: Pipe, limit: int) -> None:
+        data = bytes(pipe.to_replica[:limit])
+        del pipe.to_replica[:limit]
+        pipe.to_volume += pipe.replica.receive(data)
+
+    def _answer(self, pipe: Pipe, limit: int) -> None:
+        """A batch of bytes from a replica, the way the owner of a socket handles it."""
+        inbox = pipe.inbox
+
+        def receive(view: memoryview) -> int:
+            count = min(limit, len(view), len(pipe.to_volume))
+            view[:count] = pipe.to_volume[:count]
+            del pipe.to_volume[:count]
+            return count
+
+        inbox.receive(receive)
+        frames: list[wire.Frame] = []
+        view = memoryview(inbox.buffer)
+        try:
+            start = wire.parse(view, view, inbox.start, inbox.end, frames)
+            self.engine.received(pipe.link, frames)
+        except PeerError as error:
+            self.engine.fail(pipe.link, str(error))
+            return
+        view[:start] = b"\xee" * start
+        inbox.take(start)
+        if inbox.end > inbox.start:
+            inbox.reserve(wire.needed(memoryview(inbox.buffer), inbox.start, inbox.end))
+
+    def _release(self, replica: VirtualReplica, index: int) -> None:
+        self.pipes[replica.replica_uuid].to_volume += replica.deferred.pop(index)()
+
+    def _due(self) -> list[Callable[[int], None]]:
+        """Everything that could happen next; the argument bounds how many bytes move."""
+        due: list[Callable[[int], None]] = []
+        if self.clock.posted:
+            due.append(lambda _: self.clock.posted.popleft()())
+        for index in range(len(self.clock.jobs)):
+            due.append(lambda _, index=index: self.clock.run_job(index))  # type: ignore[misc]
+        for pipe in self.pipes.values():
+            if pipe.link.outbox.queue:
+                due.append(lambda limit, pipe=pipe: self._send(pipe, limit))  # type: ignore[misc]
+            if pipe.to_replica and not pipe.stalled:
+                due.append(lambda limit, pipe=pipe: self._arrive(pipe, limit))  # type: ignore[misc]
+            if pipe.to_volume and not pipe.muted:
+                due.append(lambda limit, pipe=pipe: self._answer(pipe, limit))  # type: ignore[misc]
+            if not pipe.stalled:
+                replica = pipe.replica
+                for index in range(len(replica.deferred)):
+                    due.append(  # type: ignore[misc]
+                        lambda _, replica=replica, index=index: self._release(replica, index)
+                    )
+        return due
+
+    def step(self) -> bool:
+        """One random thing happens; False if there is nothing to do."""
+        due = self._due()
+        if not due:
+            return False
+        limit = self.random.choice((1, 40, 4136, 70_000, 1 << 30, 1 << 30))
+        self.random.choice(due)(limit)
+        return True
+
+    def steps(self, count: int) -> None:
+        """At most `count` random things happen."""
+        for _ in range(count):
+            if not self.step():
+                return
+
+    def settle(self, *, chaotic: bool = False) -> None:
+        """Everything that can happen without time passing happens."""
+        for _ in range(STEPS_MAX):
+            if chaotic:
+                if not self.step():
+                    return
+                continue
+            due = self._due()
+            if not due:
+                return
+            due[0](1 << 30)
+        raise AssertionError("this never ends")
+
+    def settle_until(self, true: Callable[[], bool]) -> None:
+        """Do what is due, in order, until something is true."""
+        for _ in range(STEPS_MAX):
+            if true():
+                return
+            due = self._due()
+            assert due, "nothing is left to do, and it is still not true"
+            due[0](1 << 30)
+        raise AssertionError("this never ends")
+
+    # ---- members --------------------------------------------------------------------------
+
+    def link(self, uuid: str) -> Link:
+        return self.engine.links[uuid]
+
+    def state(self, uuid: str) -> str:
+        """The member's state in the authority."""
+        return self.authority.records[VOLUME].members[uuid].state
+
+    def lose(self, uuid: str) -> None:
+        """The connection to a member breaks; what was on the way is gone."""
+        self.engine.fail(self.link(uuid), "the connection broke")
+
+    def _lost(self, link: Link) -> None:
+        pipe = self.pipes.pop(link.replica_uuid, None)
+        if pipe is not None:
+            pipe.to_replica.clear()
+            pipe.to_volume.clear()
+            link.queue.clear()
+
+    def reconnect(self, uuid: str) -> bool:
+        """A lost member is reached again, by the rules of the volume daemon; was it let in?"""
+        old = self.link(uuid)
+        state = self.engine.record.members[uuid].state
+        if old.connected or state != old.state or old in self.engine.targets:
+            return False
+        replica = self.replicas[uuid]
+        replica.attach()
+        link = Link(uuid, old.address, state)
+        self.engine.links[uuid] = link
+        self.pipes[uuid] = Pipe(link, replica)
+        if state == IN_SYNC:
+            membership.enter(self.engine, link)
+        else:
+            link.connected = True
+        return True
+
+    def rebuild(self, uuid: str) -> list[BlockdError | None]:
+        """Start a rebuild; the list gets its outcome."""
+        outcome: list[BlockdError | None] = []
+        Rebuild(self.engine, self.link(uuid), outcome.append).start()
+        return outcome
+
+    def snapshot(self, name: str) -> list[BlockdError | None]:
+        """Ask for a snapshot; the list gets its outcome."""
+        outcome: list[BlockdError | None] = []
+        self.structure.create(name, {}, outcome.append)
+        return outcome
+
+    # ---- at the end -----------------------------------------------------------------------
+
+    def check_members(self) -> None:
+        """Members in sync are equal in every layer, and equal to the model; all is answered."""
+        self.check_order()
+        for request in self.requests:
+            assert request.answers == 1, f"{request.kind} was answered {request.answers} times"
+        in_sync = [uuid for uuid in self.replicas if self.state(uuid) == IN_SYNC]
+        for uuid in in_sync:
+            replica = self.replicas[uuid]
+            assert replica.complete
+            assert replica.content() == bytes(self.model), f"{uuid} differs from the model"
+            for layer_id in replica.layers:
+                others = {self.replicas[other].content(layer_id) for other in in_sync}
+                assert len(others) == 1, f"layer {layer_id} differs"
+
+    def check_order(self) -> None:
+        """Nobody broke the wire's rules, and nothing is left over."""
+        for uuid, replica in self.replicas.items():
+            assert replica.violations == [], f"{uuid}: {replica.violations}"
+        assert not self.engine.locks.held
+        assert not self.engine.locks.waiting
+        assert not self.engine.pending
+        assert not self.engine.flushes
