@@ -21,7 +21,8 @@ from blockd import __version__
 from blockd.frontends import availability
 from blockd.node import demo as demo_parts
 from blockd.node import server
-from blockd.node.api import StatusView, make_app
+from blockd.node.api import make_app
+from blockd.node.api_types import StatusView
 from blockd.node.context import Context, log
 from blockd.node.home import Home
 from blockd.node.objects import (
