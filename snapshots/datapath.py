@@ -30,6 +30,7 @@ from snapshots import chain
 from snapshots.dirty import CLEAN, HOT
 from snapshots.layer import WRITABLE, LayerFile
 from snapshots.masks import SLOT_RUNS, resolve, run_length
+from snapshots.reserve import FULL_DISK
 from snapshots.store import Store
 from snapshots.syscalls import allocate, storage_error, write_all
 
@@ -171,11 +172,20 @@ class DataPath(Store):
         All or nothing when the disk is full.
         """
         ranges = list(self._zero_pieces(first_block, count, keep_allocated))
+        try:
+            self._prepare_pieces(ranges, keep_allocated)
+        except StorageError as error:
+            if keep_allocated or error.errno not in FULL_DISK:
+                raise
+            self.file.reserve.release()  # trimming is how a full disk is emptied
+            self._prepare_pieces(ranges, keep_allocated)
+        for block, length in ranges:
+            self._apply_zero(block, length, keep_allocated)
+
+    def _prepare_pieces(self, ranges: Runs, keep_allocated: bool) -> None:
         for block, length in ranges:
             self._prepare(block, length)
             self._prepare_zero(block, length, keep_allocated)
-        for block, length in ranges:
-            self._apply_zero(block, length, keep_allocated)
 
     def _zero_pieces(
         self, first_block: int, count: int, keep_allocated: bool

@@ -8,6 +8,7 @@ dirty.log      dirty.py         lock                 held with flock(2) by the o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 
@@ -17,6 +18,7 @@ from snapshots.dirty import dirty_bytes
 from snapshots.index import index_bytes
 from snapshots.layer import check_layer, create_layer, layer_path
 from snapshots.metadata import FILE_NAME, LayerInfo, Metadata, MetadataFile
+from snapshots.reserve import Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
 from snapshots.zeroed import zeroed_path
 
@@ -36,11 +38,14 @@ def create(path: str, metadata: Metadata) -> None:
     try:
         make_files(path, metadata)
         file = MetadataFile(path)
+        file.reserve = Reserve(path)
+        if not file.reserve.refill():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file.write(file.compose(metadata))
         sync_directory(os.path.dirname(os.path.abspath(path)))
     except (OSError, StorageError) as error:
         remove_layers(path, ())
-        for name in ("index", "dirty.log", FILE_NAME + ".tmp", FILE_NAME):
+        for name in ("index", "dirty.log", "reserve", FILE_NAME + ".tmp", FILE_NAME):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(path, name))
         with contextlib.suppress(OSError):

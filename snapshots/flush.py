@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 from protocol.errors import StorageError
 from snapshots.index import Index
 from snapshots.layer import LayerFile
+from snapshots.reserve import FULL_DISK
 from snapshots.syscalls import sync_directory
 from snapshots.zeroed import ZeroedMarks
 
 if TYPE_CHECKING:
     from snapshots.store import Store
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def failed_error(path: str) -> StorageError:

@@ -26,9 +26,9 @@ from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
 from snapshots import chain
 from snapshots.datapath import DataPath
-from snapshots.flush import FULL_DISK
 from snapshots.layer import LayerFile
 from snapshots.metadata import LayerInfo
+from snapshots.reserve import FULL_DISK
 
 
 @dataclass
@@ -84,6 +84,7 @@ class Folder:
                 if error.errno not in FULL_DISK:
                     raise
                 stalled = True  # the smallest step did not fit either, if it stays so
+                store.file.reserve.release()
             else:
                 stalled = False
                 break

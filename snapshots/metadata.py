@@ -21,6 +21,7 @@ from typing import Any
 from protocol.checksum import blake2b
 from protocol.errors import StorageError
 from protocol.units import SNAPSHOTS_MAX
+from snapshots.reserve import FULL_DISK, Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
 
 FORMAT_VERSION = 1
@@ -130,6 +131,8 @@ def check_tree(path: str, metadata: Metadata) -> None:
 class MetadataFile:
     """replica.json in one directory, written from two threads in composition order."""
 
+    reserve: Reserve  # set by the owner of the directory before the first write
+
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self.path = os.path.join(directory, FILE_NAME)
@@ -162,16 +165,26 @@ class MetadataFile:
         with self._lock:
             if number <= self._written:
                 return
-            temporary = self.path + ".tmp"
             try:
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 try:
-                    write_all(fd, text, 0)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                os.rename(temporary, self.path)
-                sync_directory(self._directory)
+                    self._replace(text)
+                except OSError as error:
+                    if error.errno not in FULL_DISK:
+                        raise
+                    self.reserve.release()
+                    self._replace(text)
             except OSError as error:
                 raise storage_error("writing", self.path, error) from error
             self._written = number
+            self.reserve.refill()
+
+    def _replace(self, text: bytes) -> None:
+        temporary = self.path + ".tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            write_all(fd, text, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, self.path)
+        sync_directory(self._directory)

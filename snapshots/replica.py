@@ -26,6 +26,7 @@ from snapshots.fold import Folder
 from snapshots.layer import create_layer, layer_path
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.recovery import recover
+from snapshots.reserve import Reserve
 from snapshots.syscalls import storage_error, sync_directory
 from snapshots.zeroed import zeroed_path
 
@@ -70,6 +71,7 @@ class Replica(Copying):
         lock_fd = directory.lock(path)
         try:
             metadata = file.read()
+            file.reserve = Reserve(path)
             if metadata.head_id == 0:  # stopped in the middle of begin_sync: nothing is here
                 empty = LayerInfo(id=1, slot=1)
                 metadata = replace(metadata, layers=(empty,), head_id=1, complete=False)

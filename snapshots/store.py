@@ -25,10 +25,11 @@ from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
 from snapshots import chain
 from snapshots.dirty import COOL, DirtyLog
-from snapshots.flush import FULL_DISK, FlushJob, failed_error, remove_files
+from snapshots.flush import FlushJob, failed_error, remove_files
 from snapshots.index import Index
 from snapshots.layer import LayerFile, layer_path
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
+from snapshots.reserve import FULL_DISK
 from snapshots.zeroed import ZeroedMarks, zeroed_path
 
 MAPPED_BYTES_MAX = 64 << 40  # half of the 128 TiB a process on x86-64 can address
@@ -227,6 +228,7 @@ class Store:
         self._flushes_running -= 1
         if not job.succeeded:
             return
+        self.file.reserve.refill()
         sequence = job.sequence
         self.flushes_done = max(self.flushes_done, sequence)
         for layer in [layer for layer, at in self.unsynced.items() if at < sequence]:

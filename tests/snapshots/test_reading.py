@@ -1,0 +1,158 @@
+"""Reads that do not wait, reads in a thread, and what a read returns.
+
+A thread's read races with the event loop and is believed only if it is consistent in itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import crcmod.predefined
+import pytest
+
+from protocol.checksum import ZEROS, block_checksum, block_checksums
+from snapshots.datapath import WOULD_BLOCK
+from tests.snapshots.model import REGION, Model, fill, write
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return Model(tmp_path / "replica")
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """The result of a function called in another thread."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_checksums_are_crc32c_as_an_independent_implementation_computes_it() -> None:
+    oracle = crcmod.predefined.mkPredefinedCrcFun("crc-32c")
+    assert oracle(b"123456789") == 0xE3069283  # RFC 3720 uses the same polynomial
+    random = Random(1)
+    for _ in range(20):
+        block = random.randbytes(4096)
+        crc = oracle(block)
+        assert block_checksum(block) == (crc if crc > 1 else crc + 2)
+        assert block_checksums(memoryview(block * 2)) == [block_checksum(block)] * 2
+
+
+def test_a_read_returns_entries_and_then_the_data_of_blocks_that_are_not_zeros(
+    model: Model,
+) -> None:
+    model.write(REGION - 1, [1, 2])
+    model.write(REGION + 2, [3])
+    target = memoryview(bytearray(5 * 4100))
+    used = model.replica.read_into(REGION - 1, 5, target)
+    assert used == 5 * 4 + 3 * 4096
+    assert list(target[:20].cast("I")) == [
+        block_checksum(fill(1)),
+        block_checksum(fill(2)),
+        ZEROS,
+        block_checksum(fill(3)),
+        ZEROS,
+    ]
+    assert target[20:used] == fill(1) + fill(2) + fill(3)
+
+
+def test_a_read_that_would_block_says_so_and_succeeds_in_a_thread(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.write(0, [1, 2])
+    sealed = model.seal()
+    model.reopen()
+    target = memoryview(bytearray(2 * 4100))
+    real = os.preadv
+
+    def cold(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError
+        return real(fd, buffers, offset, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", cold)
+        for layer_id in (0, sealed):
+            for count in (1, 2):
+                read = model.replica.read_into
+                assert read(0, count, target, layer_id, nowait=True) == WOULD_BLOCK
+                assert in_thread(lambda: read(0, count, target, layer_id)) == count * 4100  # noqa: B023
+    for layer_id in (0, sealed):
+        assert model.replica.read_into(0, 1, target, layer_id, nowait=True) == 4100
+        assert target[4:4100] == fill(1)
+
+
+def test_a_thread_does_not_believe_a_block_that_does_not_match_its_entry(model: Model) -> None:
+    model.write(0, [1])
+    target = memoryview(bytearray(4100))
+    os.pwrite(model.replica.head.fd, fill(2), 2 * 4096)  # as if a write were half done
+    assert in_thread(lambda: model.replica.read_into(0, 1, target)) == WOULD_BLOCK
+    assert model.replica.read_into(0, 1, target) == 4100  # the consumer compares and sees it
+
+
+def test_reads_in_a_thread_are_right_while_everything_changes(model: Model) -> None:
+    random = Random(3)
+    replica = model.replica
+    stop = threading.Event()
+    wrong: list[str] = []
+    good = [0]
+
+    def reader() -> None:
+        target = memoryview(bytearray(8 * 4100))
+        while not stop.is_set():
+            used = replica.read_into(REGION - 4, 8, target)
+            if used == WOULD_BLOCK:
+                continue
+            position = 32
+            for number, entry in enumerate(target[:32].cast("I")):
+                if entry == ZEROS:
+                    wrong.append(f"block {number} reads as zeros")
+                    continue
+                value = int.from_bytes(target[position : position + 4], "little")
+                if value % 8 != number:
+                    wrong.append(f"block {number} holds {value}")
+                position += 4096
+            good[0] += 1
+
+    write(replica, REGION - 4, [8 + number for number in range(8)])
+    thread = threading.Thread(target=reader)
+    thread.start()
+    for turn in range(300):
+        number = random.randrange(8)
+        write(replica, REGION - 4 + number, [8 * (turn + 2) + number])
+        if turn % 10 == 0:
+            replica.seal(turn + 2, f"s{turn}", "", {})
+        if turn % 25 == 24:
+            sealed = [layer for layer in replica.tree() if layer.name and not layer.removed]
+            replica.remove(random.choice(sealed).id)
+        if turn % 60 == 59:
+            sealed = [layer for layer in replica.tree() if layer.name and not layer.removed]
+            replica.revert(random.choice(sealed).id, 10_000 + turn)
+        if turn % 3 == 0:
+            replica.maintain(3)
+    stop.set()
+    thread.join()
+    assert wrong == []
+    assert good[0] > 10
+
+
+def test_extents_are_merged_and_limited(model: Model) -> None:
+    model.write(REGION - 2, [1, 2, 3])
+    model.write(REGION + 4, [1])
+    end = REGION + 8
+    assert model.replica.extents(0, end) == [
+        (REGION - 2, False),
+        (3, True),
+        (3, False),
+        (1, True),
+        (3, False),
+    ]
+    assert model.replica.extents(0, end, limit=2) == [(REGION - 2, False), (3, True)]
+    assert model.replica.extents(REGION - 1, 2) == [(2, True)]
