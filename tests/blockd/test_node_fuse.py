@@ -1,0 +1,202 @@
+"""Proves the fuse front end on this machine's kernel: a real block device, real file systems,
+and that nothing in use is ever taken away. Needs root, /dev/fuse and loop devices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blockd.frontends import choose, processes, tools
+from blockd.frontends.fuse import FuseFrontEnd
+from blockd.node import mounts
+from protocol.errors import ConflictError, RequestError
+from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, until
+
+REASON = FuseFrontEnd().unavailable()
+needs_fuse = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+FILES = {f"dir{n % 7}/file{n}": os.urandom(n * 37) for n in range(120)}
+
+
+def _fill(where: Path) -> None:
+    for name, content in FILES.items():
+        path = where / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
+def _holds_files(where: Path) -> bool:
+    return all((where / name).read_bytes() == content for name, content in FILES.items())
+
+
+@needs_fuse
+@pytest.mark.parametrize(
+    ("fs", "block_size", "size_bytes"), [("ext4", 4096, 64 * MIB), ("xfs", 512, 320 * MIB)]
+)
+def test_a_file_system_lives_through_snapshot_revert_and_restart(
+    node: NodeHarness, fs: str, block_size: int, size_bytes: int
+) -> None:
+    node.create("data", replicas=2, size_bytes=size_bytes, block_size=block_size)
+    view = node.attach("data", "fuse")
+    assert view.device
+    sector = Path(f"/sys/block/{Path(view.device).name}/queue/logical_block_size")
+    assert int(sector.read_text()) == block_size
+    view = node.operations.mount("data", None, fs, WAIT_SECONDS)
+    assert view.mount
+    where = Path(view.mount.path)
+    assert [entry.fs for entry in processes.mounts() if entry.path == str(where)] == [fs]
+    _fill(where)
+    # Nobody asked for a sync: the snapshot must hold what was written all the same.
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    shutil.rmtree(where / "dir1")
+    node.operations.revert("data", "one", True, WAIT_SECONDS)
+    assert _holds_files(where)
+    node.restart()
+    until(lambda: node.view("data").state == "attached", "attached")
+    assert node.view("data").device == view.device
+    assert _holds_files(where)
+    node.operations.unmount("data", WAIT_SECONDS)
+    node.operations.detach("data", WAIT_SECONDS)
+    node.attach("data", "fuse")
+    node.operations.mount("data", None, fs, WAIT_SECONDS)
+    assert _holds_files(where), "a device that is not blank is mounted as it is"
+
+
+@needs_fuse
+def test_a_trim_of_the_file_system_reaches_the_replica(node: NodeHarness) -> None:
+    node.create("data", size_bytes=128 * MIB)
+    node.attach("data", "fuse")
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    big = Path(view.mount.path) / "big"
+    big.write_bytes(os.urandom(40 * MIB))
+    os.sync()
+    full = _allocated(view.replicas[0].path)
+    assert full > 40 * MIB
+    big.unlink()
+    os.sync()
+    subprocess.run(["fstrim", view.mount.path], check=True)
+    assert _allocated(view.replicas[0].path) < full - 35 * MIB
+
+
+@needs_fuse
+def test_what_is_in_use_is_not_taken_away(node: NodeHarness) -> None:
+    node.create("data")
+    view = node.attach("data", "fuse")
+    assert view.device
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    with pytest.raises(ConflictError, match="unmount it first"):
+        node.operations.detach("data", WAIT_SECONDS)
+    with subprocess.Popen(["sleep", "60"], cwd=view.mount.path) as user:
+        with pytest.raises(ConflictError, match=rf"in use by pid {user.pid} \(sleep\)"):
+            node.operations.unmount("data", WAIT_SECONDS)
+        user.kill()
+    node.operations.unmount("data", WAIT_SECONDS)
+    # Mounted elsewhere by an administrator, then held open by a process.
+    other = node.root / "elsewhere"
+    other.mkdir()
+    subprocess.run(["mount", view.device, str(other)], check=True)
+    with pytest.raises(ConflictError, match="elsewhere"):
+        node.operations.detach("data", WAIT_SECONDS)
+    subprocess.run(["umount", str(other)], check=True)
+    with (
+        Path(view.device).open("rb") as opened,
+        subprocess.Popen(["sleep", "60"], stdin=opened) as user,
+    ):
+        opened.close()
+        with pytest.raises(ConflictError, match=f"pid {user.pid}"):
+            node.operations.detach("data", WAIT_SECONDS)
+        user.kill()
+    until(lambda: node.view("data").state == "attached", "the refused detach is undone")
+    assert node.operations.detach("data", WAIT_SECONDS).state == "detached"
+
+
+@needs_fuse
+def test_an_unmount_by_hand_is_respected(node: NodeHarness) -> None:
+    node.create("data")
+    node.attach("data", "fuse")
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    subprocess.run(["umount", view.mount.path], check=True)
+    until(lambda: node.view("data").mount is None, "the service has seen it")
+    assert not mounts.mounted_at(view.device or "")
+    assert node.operations.mount("data", None, "ext4", WAIT_SECONDS).mount == view.mount
+
+
+@needs_fuse
+@pytest.mark.parametrize("victim", ["volume daemon", "nbdfuse"])
+def test_a_device_that_lost_its_connection_is_made_anew(node: NodeHarness, victim: str) -> None:
+    node.create("data", replicas=2)
+    node.attach("data", "fuse")
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    where = Path(view.mount.path)
+    _fill(where)
+    os.sync()
+    pid_file = node.root / "volumes" / "data" / "nbdfuse.pid"
+    pid = view.pid if victim == "volume daemon" else int(pid_file.read_text())
+    before = pid_file.read_text()
+    os.kill(pid or 0, signal.SIGKILL)
+    until(
+        lambda: (
+            pid_file.exists()
+            and pid_file.read_text() not in ("", before)
+            and node.view("data").mount == view.mount
+        ),
+        "the device is made anew and mounted",
+    )
+    assert _holds_files(where)
+
+
+@needs_fuse
+def test_data_that_is_no_file_system_is_not_formatted(node: NodeHarness) -> None:
+    node.create("data")
+    view = node.attach("data", "fuse")
+    assert view.device
+    Path(view.device).write_bytes(b"precious" * 1024)
+    with pytest.raises(ConflictError, match="not formatted"):
+        node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert Path(view.device).read_bytes().startswith(b"precious")
+    assert node.view("data").state == "attached"
+
+
+@needs_fuse
+def test_a_mount_point_with_files_in_it_is_refused(node: NodeHarness) -> None:
+    node.create("data")
+    node.attach("data", "fuse")
+    (node.root / "full").mkdir()
+    (node.root / "full" / "file").touch()
+    with pytest.raises(ConflictError, match="not empty"):
+        node.operations.mount("data", str(node.root / "full"), "ext4", WAIT_SECONDS)
+    assert node.view("data").mount is None
+
+
+def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "path_of", lambda tool: None)
+    assert tools.missing("nbdfuse", "losetup") == (
+        "nbdfuse, losetup not installed; apt-get install mount nbdfuse"
+    )
+    with pytest.raises(tools.ToolError, match=r"mkfs\.xfs is not installed; .* xfsprogs"):
+        tools.run("mkfs.xfs", [])
+
+
+def test_auto_falls_back_to_the_socket_where_fuse_cannot_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert choose("auto").name == "socket"
+    with pytest.raises(Exception, match="needs root"):
+        choose("fuse")
+    for name in ("nbd", "floppy"):
+        with pytest.raises(RequestError):
+            choose(name)
+
+
+def _allocated(directory: str) -> int:
+    return sum(path.stat().st_blocks * 512 for path in Path(directory).rglob("*") if path.is_file())
