@@ -111,6 +111,9 @@ class Engine:
         if len(data) > PIECE_BYTES_MAX:
             pieces.write_long(self, client, cookie, offset, data, fua)
             return
+        if not self.targets:
+            client.done(cookie, errno.EIO)
+            return
         self.sequence = sequence = self.sequence + 1
         head = wire.write_header(sequence, offset, data)
         for queue in self._queues:
@@ -142,6 +145,9 @@ class Engine:
         """Queue a ZERO of whole blocks on every target; the range is not locked by others."""
         if length > pieces.ZERO_STEP_BYTES:
             pieces.zero_long(self, client, cookie, offset, length, keep, fua)
+            return
+        if not self.targets:
+            client.done(cookie, errno.EIO)
             return
         self.sequence = sequence = self.sequence + 1
         flags = wire.KEEP_ALLOCATED if keep else 0

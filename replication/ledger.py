@@ -70,10 +70,10 @@ class Ledger:
             return
         self._clock.in_thread(lambda: self._swap(wanted), self._swapped)
 
-    def _swap(self, wanted: Record) -> Record | None:
-        """In a thread: the stored record, or None if a newer one has to be looked at first."""
+    def _swap(self, wanted: Record) -> tuple[Record, bool]:
+        """In a thread: (newest record, is it the wanted one?)."""
         try:
-            return self._authority.swap(wanted)
+            return self._authority.swap(wanted), True
         except ConflictError:
             newest = self._authority.load(wanted.volume_uuid)
             if newest is None:
@@ -85,10 +85,9 @@ class Ledger:
                     f"volume {wanted.volume_name} was opened by another volume daemon (epoch "
                     f"{newest.epoch}, ours is {wanted.epoch}); this one stops"
                 ) from None
-            self.record = newest
-            return None
+            return newest, False
 
-    def _swapped(self, record: Record | None, error: BaseException | None) -> None:
+    def _swapped(self, outcome: tuple[Record, bool] | None, error: BaseException | None) -> None:
         if isinstance(error, StorageError):
             self.held = str(error)
             self._clock.later(RETRY_SECONDS, self._next)
@@ -96,11 +95,11 @@ class Ledger:
         if isinstance(error, (_Fenced, NotFoundError)):
             self._fenced(str(error))
             return
-        if error is not None:
-            raise error
+        if error is not None or outcome is None:
+            raise error or AssertionError("a swap without outcome")
         self.held = None
-        if record is not None:
-            self.record = record
+        self.record, stored = outcome
+        if stored:
             _, done = self._queue.popleft()
             done(None)
         self._next()

@@ -75,7 +75,9 @@ def put_out(engine: Engine, link: Link) -> None:
         return record.with_state(link.replica_uuid, OUT)
 
     def done(error: BlockdError | None) -> None:
-        if error is None:
+        if error is not None:  # meanwhile it became the last one in sync
+            _lose_last(engine)
+        else:
             link.state = OUT
             engine.set_members(
                 [target for target in engine.targets if target is not link],

@@ -277,10 +277,10 @@ class Rebuild:
         if self._ended:
             return
         link = self._link
+        was_target = link in self._engine.targets
         self._finish(error)
-        if link.connected:
-            self._engine.fail(link, f"rebuild failed: {error}")
-        elif link.state == SYNCING:
+        self._engine.fail(link, f"rebuild failed: {error}")
+        if not was_target:
             membership.put_out(self._engine, link)
 
     def _finish(self, error: BlockdError | None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.replica_service import ReplicaService
+from blockd.daemons.replica_service import ReplicaService, as_storage_error
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.checksum import block_checksums
@@ -185,6 +185,9 @@ class LocalMember:
             post = self._service.loop.post  # never in the middle of a batch
             self._service.flush(lambda error: post(lambda: self._later(_flushed(sequence, error))))
             return
+        if operation == wire.LAYER_READ:
+            self._layer_read(offset, sequence, argument)
+            return
         payload: bytes | memoryview
         if operation == wire.EXTENTS:
             answer = wire.EXTENT_LIST
@@ -194,10 +197,6 @@ class LocalMember:
             answer = wire.ANSWER
             result = self._service.control(wire.json_content(content), self)
             payload = wire.json_frame(answer, sequence, result)[wire.HEADER_BYTES :]
-        elif operation == wire.LAYER_READ:
-            answer = wire.LAYER_DATA
-            buffer = memoryview(bytearray(wire.PAYLOAD_BYTES_MAX))
-            payload = buffer[: self._replica.layer_read(argument, offset, buffer)]
         elif operation == wire.LAYER_WRITE:
             answer = wire.ANSWER
             payload = b"{}"
@@ -209,6 +208,20 @@ class LocalMember:
         else:
             raise AssertionError(f"operation {operation} is not for members")
         answers.append((answer, 0, 0, offset, sequence, 0, memoryview(payload)))
+
+    def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
+        """In a thread: 4 MiB that may not be in memory. The range is held meanwhile."""
+        target = memoryview(bytearray(wire.PAYLOAD_BYTES_MAX))
+
+        def done(used: int, failure: BaseException | None) -> None:
+            if failure is not None:
+                self._later(_refused(sequence, as_storage_error(failure)))
+            else:
+                self._later((wire.LAYER_DATA, 0, 0, region, sequence, 0, target[:used]))
+
+        self._service.loop.in_thread(
+            lambda: self._replica.layer_read(layer_id, region, target), done
+        )
 
     def close(self) -> None:
         """The engine is done with this member: close the directory."""

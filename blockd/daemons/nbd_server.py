@@ -121,7 +121,7 @@ class NbdConnection:
             else:
                 self._negotiate()
         except PeerError as error:
-            self.flush()
+            self._daemon.send_everything()
             self.close(str(error))
 
     def flush(self) -> bool:

@@ -212,6 +212,8 @@ def fence_content(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "volume_uuid": record.volume_uuid,
         "volume_name": record.volume_name,
+        "config_seq": record.config_seq,
+        "config": {replica_uuid: member.state for replica_uuid, member in record.members.items()},
     }
 
 

@@ -75,6 +75,9 @@ class ReplicaService:
             self.replica.bind(str(content["volume_uuid"]), str(content["volume_name"]))
         if epoch > metadata.promised_epoch:
             self.replica.promise(epoch)
+        config_seq = int(content["config_seq"])
+        if config_seq > metadata.config_seq:
+            self.replica.store_config(config_seq, dict(content["config"]))
         self.epoch = epoch
 
     def check_volume(self, asked: str) -> None:
@@ -110,12 +113,8 @@ class ReplicaService:
 
         def ended(result: Any, failure: BaseException | None) -> None:
             self._flushing = False
-            error: BlockdError | None = None
             self.replica.flush_end(job)
-            if isinstance(failure, BlockdError):
-                error = failure
-            elif failure is not None:
-                error = StorageError(f"flush failed: {failure}")
+            error = as_storage_error(failure) if failure is not None else None
             if error is not None:
                 process.log(str(error))
             for done in waiting:
@@ -205,3 +204,12 @@ def describe_layer(info: Any) -> dict[str, Any]:
         "removed": info.removed,
         "allocated_bytes": info.allocated_bytes,
     }
+
+
+def as_storage_error(failure: BaseException) -> BlockdError:
+    """What a worker thread raised, as an error that can be answered; bugs are raised again."""
+    if isinstance(failure, BlockdError):
+        return failure
+    if isinstance(failure, OSError):
+        return StorageError(f"the disk failed: {failure}", errno=failure.errno)
+    raise failure

@@ -19,6 +19,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
+from blockd.daemons.replica_service import as_storage_error
 from blockd.loop import HANGUP, READ, WRITE
 from protocol import replica as wire
 from protocol.checksum import block_checksum, block_checksums
@@ -36,6 +37,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
 if TYPE_CHECKING:
     from blockd.daemons.replica import ReplicaDaemon
 
+ANSWERS_PER_SEND = 8  # a larger batch is answered in parts, so that both ends work at a time
 ARENA_BYTES = 2 << 20  # answers of one batch: two reads of the largest size always fit
 
 _U32 = struct.Struct("<I")
@@ -227,6 +229,14 @@ class ReplicaSession:
     # ---- data -----------------------------------------------------------------------------
 
     def _batch(self, frames: list[wire.Frame]) -> None:
+        for start in range(0, len(frames), ANSWERS_PER_SEND):
+            if start:
+                self.flush()
+                if self._socket is None:
+                    return
+            self._part(frames[start : start + ANSWERS_PER_SEND])
+
+    def _part(self, frames: list[wire.Frame]) -> None:
         applied = 0
         for frame in frames:
             operation, flags, length, offset, sequence, argument, payload = frame
@@ -380,10 +390,23 @@ class ReplicaSession:
         self._send(wire.frame(wire.EXTENT_LIST, sequence, payload_bytes=len(payload)) + payload)
 
     def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
+        """In a thread: 4 MiB that may not be in memory. The peer holds the range meanwhile."""
         buffer = bytearray(wire.HEADER_BYTES + wire.PAYLOAD_BYTES_MAX)
-        used = self._replica.layer_read(layer_id, region, memoryview(buffer)[wire.HEADER_BYTES :])
-        wire.pack_into(buffer, 0, wire.LAYER_DATA, sequence, 0, region, used)
-        self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
+        target = memoryview(buffer)[wire.HEADER_BYTES :]
+
+        def done(used: int, failure: BaseException | None) -> None:
+            if self._socket is None:
+                return
+            if failure is not None:
+                self._refuse(sequence, as_storage_error(failure))
+            else:
+                wire.pack_into(buffer, 0, wire.LAYER_DATA, sequence, 0, region, used)
+                self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
+            self.flush()
+
+        self._service.loop.in_thread(
+            lambda: self._replica.layer_read(layer_id, region, target), done
+        )
 
     def _layer_write(
         self, region: int, sequence: int, layer_id: int, payload: memoryview | None
