@@ -31,9 +31,9 @@ def test_254_snapshots_are_kept_and_deleted_in_any_order(model: Model) -> None:
         model.seal()
     with pytest.raises(StateError, match=r"limit is 254; delete a snapshot"):
         model.replica.seal(9999, "one-too-many", "", {})
-    model.check()
+    model.check(extents=False)
     model.reopen()
-    model.check()
+    model.check(extents=False)
     order = sorted(model.snapshots)
     random.shuffle(order)
     model.remove(order.pop())
@@ -43,15 +43,15 @@ def test_254_snapshots_are_kept_and_deleted_in_any_order(model: Model) -> None:
         pass
     model.seal()
     while order:
-        for _ in range(min(40, len(order))):
+        for _ in range(min(64, len(order))):
             model.remove(order.pop())
-        model.check()
+        model.check(extents=False)
         for _ in range(random.randrange(200)):
             model.replica.maintain(random.choice((1, 5, 256)))
-        model.check()
+        model.check(extents=False)
     while model.replica.maintain():
         pass
-    model.check()
+    model.check(extents=False)
     assert len(model.replica.tree()) == len(model.snapshots) + 1
 
 
