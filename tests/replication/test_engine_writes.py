@@ -145,10 +145,6 @@ def test_the_last_member_in_sync_is_never_out_and_requests_fail() -> None:
     assert [request.error for request in later] == [errno.EIO] * 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine.send_write and send_zero queue a write for nobody; it hangs",
-)
 def test_a_write_without_any_member_fails_at_once() -> None:
     world = World(1)
     world.lose("r0")
@@ -162,10 +158,6 @@ def test_a_write_without_any_member_fails_at_once() -> None:
     assert [request.error for request in requests] == [errno.EIO] * 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="membership.enter answers writes that were never sent to anybody",
-)
 def test_a_write_made_while_no_member_was_there_is_not_answered_well_when_one_returns() -> None:
     world = World(1)
     world.lose("r0")
@@ -175,10 +167,6 @@ def test_a_write_made_while_no_member_was_there_is_not_answered_well_when_one_re
     assert write.error != 0  # the world itself objects to an answer without a member
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a waiter released after the last member is gone queues for nobody and hangs",
-)
 def test_a_write_that_waited_for_a_lock_when_the_last_member_died_fails() -> None:
     world = World(2)
     world.write(0, BLOCK)
@@ -238,10 +226,6 @@ def test_a_member_on_its_way_out_cannot_come_back_before_the_record_says_so() ->
     assert write.answered
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="put_out ignores that the record refused; the dead member holds answers for ever",
-)
 def test_a_lost_member_that_must_stay_in_the_record_fails_requests_instead_of_hanging() -> None:
     """Another member was taken out of the record before this one's failure was recorded."""
     world = World(2)

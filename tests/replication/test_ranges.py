@@ -1,5 +1,5 @@
-"""Proves the range lock against the plainest model of it: no two overlapping holders, waiters on the
-same blocks run in the order they came, everybody runs in the end and exactly once (rule 8).
+"""Proves the range lock against the plainest model of it: no two overlapping holders, waiters on
+the same blocks run in the order they came, everybody runs in the end and exactly once (rule 8).
 """
 
 from __future__ import annotations

@@ -98,6 +98,17 @@ class VirtualReplica:
         count = self.size_bytes // BLOCK_BYTES
         return b"".join(self.block(number, layer_id) or ZERO_BLOCK for number in range(count))
 
+    def visible(self, layer_id: int) -> dict[int, bytes]:
+        """The blocks that do not read as zeros."""
+        layer = self.layers[layer_id]
+        blocks = self.visible(layer.parent) if layer.parent else {}
+        for number, block in layer.blocks.items():
+            if block is None or block == ZERO_BLOCK:
+                blocks.pop(number, None)
+            else:
+                blocks[number] = block
+        return blocks
+
     # ---- frames ---------------------------------------------------------------------------
 
     def receive(self, data: bytes) -> bytes:
