@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from blockd.frontends import FRONT_ENDS
 from blockd.node.context import Context
 from blockd.node.objects import Volume, VolumeSpec
 from blockd.node.operations import Operations
@@ -82,7 +85,9 @@ def _tell(view: VolumeView) -> None:
     if view.device:
         say(f"device    {view.device} (front end {view.frontend})")
     elif view.nbd_uri:
-        say(f"device    none (front end {view.frontend}); NBD at {view.nbd_uri}")
+        reason = FRONT_ENDS["fuse"].unavailable() if view.frontend == "socket" else None
+        say(f"device    none (front end {view.frontend})" + (f": {reason}" if reason else ""))
+        say(f"NBD       {view.nbd_uri}")
     if view.mount:
         say(f"mounted   {view.mount.path}")
     if view.message:
@@ -93,7 +98,9 @@ def _tell_next(views: list[VolumeView], context: Context) -> None:
     attached = next((view for view in views if view.state == "attached"), None)
     name = attached.name if attached else VOLUME
     say("\ntry in another terminal:")
-    prefix = f".venv/bin/blockd --home {context.home.root}"
+    prefix = ".venv/bin/blockd"
+    if context.home.root != Path(os.environ.get("BLOCKD_HOME") or "run").absolute():
+        prefix += f" --home {context.home.root}"
     if attached and attached.mount:
         say(f"  cp -r /usr/share/doc {attached.mount.path}/")
     elif attached and attached.nbd_uri:

@@ -21,6 +21,7 @@ from protocol.errors import BlockdError
 
 WORKERS = 4  # passes wait for daemons and disks, hardly for the processor
 BACKOFF_SECONDS_MIN = 0.5
+CLOSE_SECONDS = 30.0  # longer than a daemon's start or clean stop, which a pass may wait for
 BACKOFF_SECONDS_MAX = 30.0
 
 # A pass over one volume; returns when the next one is due if nothing happens, None for never.
@@ -102,10 +103,11 @@ class Workers:
             thread.start()
 
     def close(self) -> None:
-        """End after the passes that run now."""
+        """End after the passes that run now; one that hangs is left behind."""
         self._queue.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while (name := self._queue.take()) is not None:

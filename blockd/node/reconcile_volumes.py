@@ -34,7 +34,7 @@ from blockd.node.supervisor import DaemonSpec
 from protocol.errors import BlockdError, ConflictError, PeerError, StateError
 from replication.authority import IN_SYNC, Record
 
-CHECK_SECONDS = 5.0  # how often a healthy attached volume is looked at without cause
+CHECK_SECONDS = 3.0  # how often a healthy attached volume is looked at without cause
 CHECK_UNHEALTHY_SECONDS = 1.0
 CHECK_DETACHED_SECONDS = 30.0
 LINGER_SECONDS = 3.0  # a row of snapshots of a detached volume starts the volume daemon once
