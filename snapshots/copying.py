@@ -141,7 +141,8 @@ class Copying(DataPath):
             self.failed = True
             raise
         self.commit(target)
-        self._load(target)
+        with self.changing():
+            self._load(target)
         self.content_replaced()
 
     def end_sync(self) -> None:

@@ -322,6 +322,8 @@ class DataPath(Store):
     ) -> int:
         """A read racing with the event loop: believed only if it is consistent in itself."""
         layout = self.layout
+        if layout & 1:
+            return WOULD_BLOCK
         try:
             used = self._read_range(first_block, count, target, layer_id, 0)
         except StorageError:

@@ -26,12 +26,15 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
 
 from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 from snapshots.masks import EMPTY_MAP
 from snapshots.syscalls import allocate, punch, storage_error, write_all
+
+assert sys.byteorder == "little", "maps are used as they lie in the file"
 
 FORMAT_VERSION = 1
 REGION_STRIDE_BYTES = BLOCK_BYTES + REGION_BYTES

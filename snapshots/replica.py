@@ -214,13 +214,13 @@ class Replica(Copying):
             if isinstance(error, StorageError):
                 raise
             raise storage_error("making the new head durable", path, error) from error
-        self.condemn(old.id, self.forget_slot(old.slot))
-        self.adopt(switched)  # durable already; the next flush removes the old head's file
-        self._adopt_head()
-        self.layers_changed()
-        self._folder.reset()
-        for region in regions:
-            self.rebuild_index(region)
+        with self.changing():
+            self.condemn(old.id, self.forget_slot(old.slot))
+            self.adopt(switched)  # durable already; the next flush removes the old head's file
+            self._adopt_head()
+            self._folder.reset()
+            for region in regions:
+                self.rebuild_index(region)
 
     def _sealed(self, layer_id: int) -> LayerInfo:
         """A layer that is neither the head nor deleted."""
@@ -248,7 +248,8 @@ class Replica(Copying):
         if self.failed:
             return False
         fold = self.complete and not self.hold_folding
-        more = fold and self._folder.step(budget_blocks)
+        with self.changing():
+            more = fold and self._folder.step(budget_blocks)
         if not more and self._clearable and not self.dirty.hot:
             self._index_wanted = True
         if self.flush_wanted:

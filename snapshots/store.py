@@ -6,7 +6,7 @@ Invariants:
 - `handles[slot]` is the open file of a layer or None; sealed layers are opened on first use and the
   oldest opened ones are dropped when more than MAPPED_BYTES_MAX of address space is mapped.
 - `layout` changes with every change of what a slot number means; a thread that read with an older
-  layout throws its result away.
+  layout throws its result away. It is odd while such a change is going on, and even otherwise.
 - A change of the tree by `seal` or at the end of folding is adopted at once and becomes durable
   with the next flush (`metadata_pending`). All other changes of replica.json are durable before
   they are adopted (`commit`), after a flush if one is pending, so replica.json never names a sealed
@@ -17,8 +17,10 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 from protocol.errors import StorageError
@@ -70,7 +72,6 @@ class Store:
         # Zones whose writes are durable, their index page perhaps not, and the flush that made so.
         self._clearable: dict[int, int] = {}
         self._index_wanted = False
-        self.layout += 1
         self._index = self.index.memory
         self._index_ready = self.index.ready
         self._zones = self.dirty.zones
@@ -141,8 +142,18 @@ class Store:
 
     def layers_changed(self) -> None:
         """What slots mean, or what sealed layers hold, is different from now on."""
-        self.layout += 1
+        self.layout += 2
         self.views.clear()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change during which index and tables do not agree: threads do not read."""
+        self.layout += 1
+        try:
+            yield
+        finally:
+            self.layout += 1
+            self.views.clear()
 
     def changed(self, layer: LayerFile) -> None:
         """A layer other than by the head's data path was written to; the next flush covers it."""

@@ -97,6 +97,23 @@ def test_a_thread_does_not_believe_a_block_that_does_not_match_its_entry(model: 
     assert model.replica.read_into(0, 1, target) == 4100  # the consumer compares and sees it
 
 
+def test_a_thread_does_not_believe_a_read_during_which_the_layers_changed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.write(0, [1])
+    target = memoryview(bytearray(4100))
+    replica = model.replica
+    read_range = replica._read_range
+
+    def interrupted(*arguments: Any) -> int:
+        used = read_range(*arguments)
+        replica.layers_changed()  # what a slot number means may be different now
+        return used
+
+    monkeypatch.setattr(replica, "_read_range", interrupted)
+    assert in_thread(lambda: replica.read_into(0, 1, target)) == WOULD_BLOCK
+
+
 def test_reads_in_a_thread_are_right_while_everything_changes(model: Model) -> None:
     random = Random(3)
     replica = model.replica
@@ -105,6 +122,12 @@ def test_reads_in_a_thread_are_right_while_everything_changes(model: Model) -> N
     good = [0]
 
     def reader() -> None:
+        try:
+            read_until_stopped()
+        except Exception as error:
+            wrong.append(repr(error))
+
+    def read_until_stopped() -> None:
         target = memoryview(bytearray(8 * 4100))
         while not stop.is_set():
             used = replica.read_into(REGION - 4, 8, target)

@@ -1,0 +1,113 @@
+"""Folding goes on under I/O: whatever happens between two of its steps, content stays right.
+
+Each operation is tried after every step of folding a deleted snapshot, with and without a kill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from snapshots.copying import LAYER_READ_BYTES_MAX
+from tests.snapshots.model import REGION, Model
+
+FIRST = REGION - 4
+
+
+def overwrite(model: Model) -> None:
+    model.write(FIRST, [31, 32, 33, 34, 35, 36])
+
+
+def zero(model: Model) -> None:
+    model.zero(FIRST + 1, 6)
+
+
+def seal_and_overwrite(model: Model) -> None:
+    model.seal()
+    model.write(FIRST, [31, 32])
+
+
+def revert(model: Model) -> None:
+    model.revert(1)
+
+
+def delete_the_parent_too(model: Model) -> None:
+    model.remove(1)
+
+
+OPERATIONS = [overwrite, zero, seal_and_overwrite, revert, delete_the_parent_too]
+
+
+def being_folded(path: Path, steps: int) -> Model:
+    """Snapshot 1, deleted snapshot 2 with blocks of its own, head 3; some steps of folding done."""
+    model = Model(path)
+    model.write(FIRST, [1, 2, 3, 4, 5, 6, 7, 8])
+    model.seal()
+    model.write(FIRST, [11, 12, 13, 14])
+    model.zero(FIRST + 5, 2)
+    model.seal()
+    model.write(FIRST + 1, [22])
+    model.reopen()
+    model.remove(2)
+    for _ in range(steps):
+        model.replica.maintain(3)
+    return model
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_between_any_two_steps_is_not_undone(
+    operation: Callable[[Model], None], killed: bool, tmp_path: Path
+) -> None:
+    for steps in range(9):
+        model = being_folded(tmp_path / str(steps), steps)
+        model.check()
+        operation(model)
+        model.check()
+        if killed:
+            model.crash()
+            model.check()
+        while model.replica.maintain(3):
+            model.check()
+        model.check()
+        assert 2 not in {layer.id for layer in model.replica.tree()}
+        model.reopen()
+        model.check()
+        model.replica.close()
+
+
+def test_without_an_inline_flush_folding_waits_for_the_callers(tmp_path: Path) -> None:
+    model = being_folded(tmp_path / "replica", 0)
+    replica = model.replica
+    turns = 0
+    while replica.maintain(3, inline_flush=False):
+        turns += 1
+        assert turns < 100
+        if replica.flush_wanted:
+            done = replica.flushes_done
+            assert replica.maintain(3, inline_flush=False)
+            assert replica.flushes_done == done
+            job = replica.flush_begin()
+            job.run()
+            replica.flush_end(job)
+        model.check()
+    assert [layer.id for layer in replica.tree()] == [1, 3]
+
+
+def test_folding_is_held_while_a_copy_is_made(tmp_path: Path) -> None:
+    model = being_folded(tmp_path / "replica", 0)
+    model.replica.hold_folding = True
+    while model.replica.maintain():
+        pass
+    assert 2 in {layer.id for layer in model.replica.tree()}
+
+
+def test_a_copy_leaves_out_what_the_child_of_a_folded_layer_has(tmp_path: Path) -> None:
+    model = being_folded(tmp_path / "replica", 0)
+    target = memoryview(bytearray(LAYER_READ_BYTES_MAX))
+    used = model.replica.layer_read(2, 0, target)
+    entries = target[:4096].cast("I")
+    assert [bool(entry) for entry in entries[FIRST:REGION]] == [True, False, True, True]
+    assert used == 4096 + 3 * 4096
