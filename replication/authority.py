@@ -55,7 +55,8 @@ class Record:
     """All the authority keeps of one volume.
 
     `clean`: the last volume daemon closed everything; the members are equal. `pending` names a
-    revert that was decided and may not have reached every member.
+    revert that was decided and may not have reached every member. `stamp` names the change that
+    made this record, so that its author knows it again if the answer of the swap was lost.
     """
 
     volume_uuid: str
@@ -70,11 +71,17 @@ class Record:
     next_layer_id: int = 2
     clean: bool = True
     pending: Mapping[str, int] | None = None
+    stamp: str = ""
     version: int = 0
 
     def with_state(self, replica_uuid: str, state: str) -> Record:
         """The record with one member in another state, as a new configuration."""
-        changed = {**self.members, replica_uuid: replace(self.members[replica_uuid], state=state)}
+        member = self.members.get(replica_uuid)
+        if member is None:
+            raise NotFoundError(
+                f"replica {replica_uuid} is no member of volume {self.volume_name} any more"
+            )
+        changed = {**self.members, replica_uuid: replace(member, state=state)}
         return replace(self, members=changed, config_seq=self.config_seq + 1)
 
     def layer_named(self, name: str) -> LayerRecord | None:
@@ -125,7 +132,7 @@ class SqliteAuthority:
         self._call(
             lambda db: db.execute(
                 "CREATE TABLE IF NOT EXISTS authority (volume_uuid TEXT PRIMARY KEY,"
-                " volume_name TEXT NOT NULL, version INTEGER NOT NULL, record TEXT NOT NULL)"
+                " volume_name TEXT NOT NULL UNIQUE, version INTEGER NOT NULL, record TEXT NOT NULL)"
             )
         )
 
@@ -144,8 +151,8 @@ class SqliteAuthority:
                 )
             except sqlite3.IntegrityError:
                 raise ConflictError(
-                    f"volume {record.volume_name} ({record.volume_uuid}) has a record in "
-                    f"{self.path} already; delete the volume first"
+                    f"a volume named {record.volume_name} or with id {record.volume_uuid} has a "
+                    f"record in {self.path} already; choose another name or delete it first"
                 ) from None
             return replace(record, version=1)
 
@@ -182,7 +189,15 @@ class SqliteAuthority:
             row = db.execute(
                 f"SELECT record, version FROM authority WHERE {column} = ?", (value,)
             ).fetchone()
-            return from_dict(_decode(row[0]), row[1]) if row else None
+            if row is None:
+                return None
+            try:
+                return from_dict(json.loads(row[0]), row[1])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StorageError(
+                    f"the record of volume {value} in {self.path} is damaged ({error!r}); "
+                    "restore the file from a backup"
+                ) from None
 
         return self._call(select)
 
@@ -205,8 +220,3 @@ def _encode(record: Record) -> str:
     content = to_dict(record)
     del content["version"]
     return json.dumps(content)
-
-
-def _decode(text: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(text)
-    return content

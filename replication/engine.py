@@ -34,6 +34,7 @@ from replication.authority import IN_SYNC, Record
 from replication.ledger import Ledger
 from replication.link import Link, ReadRequest, Reply
 from replication.ranges import RangeLocks
+from replication.turns import Turns
 
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
@@ -70,7 +71,8 @@ class Engine:
         self.locks = RangeLocks()
         self.pending: deque[tuple[int, Client, Any, bool]] = deque()
         self.flushes: list[_Flush] = []
-        self.structure_busy: str | None = None  # what is changing the layer tree or the members
+        self.changes = Turns()
+        self.structure_busy: str | None = None  # a rebuild, which excludes delete and revert
         self.on_lost: Callable[[Link, str], None] = lambda link, reason: None
         self.on_members: Callable[[], None] = lambda: None
         self.reads_total = self.writes_total = self.zeros_total = self.flushes_total = 0
@@ -162,10 +164,10 @@ class Engine:
         """Read any byte range of the live volume or of a snapshot."""
         self.reads_total += 1
         self.read_bytes += length
-        if length > PIECE_BYTES_MAX:
+        if (offset & _MASK) + length > PIECE_BYTES_MAX:
             pieces.read_long(self, client, cookie, offset, length, layer_id)
             return
-        self.send_read((client, cookie, offset, length, layer_id, 0))
+        self.send_read((client, cookie, offset, length, layer_id, ()))
 
     def send_read(self, request: ReadRequest) -> None:
         """Queue a read on the member whose turn it is."""
@@ -174,6 +176,12 @@ class Engine:
             request[0].done(request[1], errno.EIO)
             return
         link = readers[self._turn % len(readers)]
+        if request[5]:
+            fresh = [reader for reader in readers if reader not in request[5]]
+            if not fresh:
+                request[0].done(request[1], errno.EIO)
+                return
+            link = fresh[0]
         self.sequence = sequence = self.sequence + 1
         link.reads[sequence] = request
         offset = request[2]
@@ -203,9 +211,7 @@ class Engine:
                 else:  # the member went away: ask another one
                     self.extents(client, cookie, offset, length, layer_id)
                 return
-            values = struct.unpack(f"<{len(payload) // 4}I", payload)
-            pairs = zip(values[::2], values[1::2], strict=True)
-            client.extents(cookie, [(count, bool(data)) for count, data in pairs])
+            client.extents(cookie, _extent_runs(payload, (stop - first) // BLOCK_BYTES))
 
         self.call(
             link,
@@ -317,6 +323,9 @@ class Engine:
         self, link: Link, request: ReadRequest, length: int, payload: memoryview
     ) -> None:
         client, cookie, offset, wanted, _, _ = request
+        lead = offset & _MASK
+        if length != (lead + wanted + _MASK) & ~_MASK:
+            raise wire.WireError(f"{length} bytes answered to a read of {wanted} at {offset}")
         if len(payload) == BLOCK_BYTES + 4 and wanted == BLOCK_BYTES == length:
             data = payload[4:]
             if _U32.unpack_from(payload)[0] == block_checksum(data):
@@ -330,7 +339,6 @@ class Engine:
             link.errors += 1
             self._read_elsewhere(link, request)
             return
-        lead = offset & _MASK
         if lead or wanted != length:
             chunks = clip(chunks, lead, wanted)
         client.data(cookie, offset, chunks)
@@ -338,12 +346,7 @@ class Engine:
     def _read_elsewhere(self, link: Link, request: ReadRequest) -> None:
         """Wrong or no data from one member: ask each other one once, then give up with EIO."""
         client, cookie, offset, length, layer_id, tried = request
-        others = [reader for reader in self.readers if reader is not link]
-        if not others or tried + 1 >= len(self.links):
-            client.done(cookie, errno.EIO)
-            return
-        self._turn = self.readers.index(others[tried % len(others)])
-        self.send_read((client, cookie, offset, length, layer_id, tried + 1))
+        self.send_read((client, cookie, offset, length, layer_id, (*tried, link)))
 
     def _refused(self, link: Link, sequence: int, code: int, payload: memoryview | None) -> None:
         content = wire.json_content(payload)
@@ -369,11 +372,12 @@ class Engine:
         if not pending or not self.targets:
             return
         applied = min([link.applied for link in self.targets])
+        refusing = any(link.refused for link in self.targets)
         while pending and pending[0][0] <= applied:
-            if any(link.refused for link in self.targets) and not self._settle_refusal():
-                return
-            if not pending:
-                return
+            if refusing and any(pending[0][0] in link.refused for link in self.targets):
+                if not self._settle_refusal():
+                    return
+                continue
             _, client, cookie, fua = pending.popleft()
             if fua:
                 self._answer_after_flush(client, cookie)
@@ -384,27 +388,27 @@ class Engine:
         self.flush_then(lambda error: client.done(cookie, error.errno if error else 0))
 
     def _settle_refusal(self) -> bool:
-        """The oldest write was answered by all, perhaps with ENOSPC by some; may we go on?
+        """The oldest write was answered by all, by some with ENOSPC; may we go on?
 
-        A replica applies a write wholly or not at all, so if all refused it nothing changed and
-        the client gets the error. If only some did, those are behind and go OUT first.
+        A replica applies a write wholly or not at all, so if all members in sync refused it,
+        nothing changed and the client gets the error. Otherwise the refusers are behind. Who did
+        otherwise than the members in sync goes OUT before anybody is answered.
         """
         sequence, client, cookie, _ = self.pending[0]
         refusers = [link for link in self.targets if sequence in link.refused]
-        if not refusers:
-            return True
         in_sync = [link for link in self.targets if link.state == IN_SYNC]
-        if any(link not in refusers for link in in_sync):
-            for link in refusers:
-                self.fail(link, "out of space")
+        if all(link in refusers for link in in_sync):
+            wrong = [link for link in self.targets if link not in refusers]
+        else:
+            wrong = refusers
+        if wrong:
+            for link in wrong:
+                self.fail(link, "it applied what the others had no space for, or the reverse")
             return False
         self.pending.popleft()
-        for link in refusers:
-            code = link.refused.pop(sequence)
-            if link.state != IN_SYNC:
-                self.fail(link, "out of space")
-        client.done(cookie, code)
-        return not self.pending or self.pending[0][0] <= min(link.applied for link in self.targets)
+        codes = [link.refused.pop(sequence) for link in refusers]
+        client.done(cookie, codes[0])
+        return True
 
     # ---- members --------------------------------------------------------------------------
 
@@ -446,6 +450,8 @@ class _Flush:
 def data_chunks(length: int, payload: memoryview) -> Chunks | None:
     """The chunks of a DATA payload about `length` bytes; None if a block's checksum is wrong."""
     count = length // BLOCK_BYTES
+    if len(payload) < 4 * count:
+        raise wire.WireError(f"a map of {count} blocks does not fit {len(payload)} bytes")
     entries = struct.unpack_from(f"<{count}I", payload)
     position = 4 * count
     chunks: Chunks = []
@@ -462,6 +468,8 @@ def data_chunks(length: int, payload: memoryview) -> Chunks | None:
                 position += BLOCK_BYTES
             index += 1
         chunks.append(((index - first) * BLOCK_BYTES, None if zeros else payload[start:position]))
+    if position != len(payload):
+        raise wire.WireError(f"{len(payload) - position} bytes too many in an answer")
     return chunks
 
 
@@ -479,3 +487,14 @@ def clip(chunks: Chunks, lead: int, wanted: int) -> Chunks:
         if not wanted:
             break
     return clipped
+
+
+def _extent_runs(payload: memoryview, blocks: int) -> list[tuple[int, bool]]:
+    """The runs of an EXTENT_LIST about `blocks` blocks; WireError if they do not fit."""
+    if len(payload) % 8:
+        raise wire.WireError(f"an extent list of {len(payload)} bytes")
+    values = struct.unpack(f"<{len(payload) // 4}I", payload)
+    runs = [(count, bool(data)) for count, data in zip(values[::2], values[1::2], strict=True)]
+    if not runs or not all(count for count, _ in runs) or sum(c for c, _ in runs) > blocks:
+        raise wire.WireError(f"an extent list that does not describe {blocks} blocks")
+    return runs

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StorageError
@@ -47,12 +48,14 @@ class Ledger:
         self._authority = authority
         self._clock = clock
         self._fenced = fenced
-        self._queue: deque[tuple[Change, Done]] = deque()
+        self._queue: deque[tuple[Change, Done, int]] = deque()
+        self._count = 0
         self._running = False
 
     def change(self, change: Change, done: Done) -> None:
         """Apply `change`, then `done(None)`; `done(error)` if the change itself raised."""
-        self._queue.append((change, done))
+        self._count += 1
+        self._queue.append((change, done, self._count))
         if not self._running:
             self._next()
 
@@ -60,9 +63,11 @@ class Ledger:
         self._running = bool(self._queue)
         if not self._running:
             return
-        change, done = self._queue[0]
+        change, done, number = self._queue[0]
         try:
-            wanted = change(self.record)
+            # Nobody else has our epoch, so no other change has this stamp.
+            stamp = f"{self.record.epoch}.{number}"
+            wanted = replace(change(self.record), stamp=stamp)
         except BlockdError as error:
             self._queue.popleft()
             done(error)
@@ -85,7 +90,8 @@ class Ledger:
                     f"volume {wanted.volume_name} was opened by another volume daemon (epoch "
                     f"{newest.epoch}, ours is {wanted.epoch}); this one stops"
                 ) from None
-            return newest, False
+            # Ours after all, if it was stored and only the answer was lost.
+            return newest, newest.stamp == wanted.stamp
 
     def _swapped(self, outcome: tuple[Record, bool] | None, error: BaseException | None) -> None:
         if isinstance(error, StorageError):
@@ -100,7 +106,7 @@ class Ledger:
         self.held = None
         self.record, stored = outcome
         if stored:
-            _, done = self._queue.popleft()
+            _, done, _ = self._queue.popleft()
             done(None)
         self._next()
 

@@ -17,8 +17,8 @@ from replication.authority import OUT
 Reply = Callable[[int, memoryview | None, BlockdError | None], None]
 """argument of the answer, its payload, or the error in place of both"""
 
-ReadRequest = tuple[Any, Any, int, int, int, int]
-"""client, cookie, offset, length, layer id, members tried so far"""
+ReadRequest = tuple[Any, Any, int, int, int, tuple["Link", ...]]
+"""client, cookie, offset, length, layer id, members whose answer was no good"""
 
 
 class Link:
@@ -36,6 +36,7 @@ class Link:
         "errors",
         "failure",
         "hello",
+        "leaving",
         "outbox",
         "progress_at",
         "queue",
@@ -54,6 +55,7 @@ class Link:
         self.state = state
         self.connected = False
         self.failure: str | None = None
+        self.leaving = False  # its change to OUT is on the way to the record
         self.hello: dict[str, Any] = {}
         self.outbox = Outbox()
         self.queue = self.outbox.queue  # the hot path appends here

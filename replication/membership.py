@@ -58,6 +58,7 @@ def _lose_last(engine: Engine) -> None:
 
 def put_out(engine: Engine, link: Link) -> None:
     """Record a member as OUT, then stop waiting for it."""
+    link.leaving = True
 
     def change(record: Record) -> Record:
         others = [
@@ -75,6 +76,7 @@ def put_out(engine: Engine, link: Link) -> None:
         return record.with_state(link.replica_uuid, OUT)
 
     def done(error: BlockdError | None) -> None:
+        link.leaving = False
         if error is not None:  # meanwhile it became the last one in sync
             _lose_last(engine)
         else:

@@ -133,7 +133,7 @@ def read_long(
         offset += step
     gather.left = len(spans)
     for start, step in spans:
-        engine.send_read((gather, None, start, step, layer_id, 0))
+        engine.send_read((gather, None, start, step, layer_id, ()))
 
 
 class _Edges:
@@ -165,7 +165,7 @@ class _Edges:
             edges.add(self._stop - 1)
         self._left = len(edges)
         for block in sorted(edges):
-            self._engine.send_read((self, block, block * BLOCK_BYTES, BLOCK_BYTES, 0, 0))
+            self._engine.send_read((self, block, block * BLOCK_BYTES, BLOCK_BYTES, 0, ()))
 
     def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
         ((count, data),) = chunks

@@ -14,20 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+Waiter = tuple[int, int, bool, Callable[[], None]]
+"""first block, stop block, does it hold the range?, what to call"""
+
 
 class RangeLocks:
     """Held and awaited block ranges of one volume."""
 
-    __slots__ = ("held", "waiting")
+    __slots__ = ("_releasing", "held", "waiting")
 
     def __init__(self) -> None:
         self.held: list[tuple[int, int]] = []
-        self.waiting: list[tuple[int, int, bool, Callable[[], None]]] = []
+        self.waiting: list[Waiter] = []
+        self._releasing = False
 
     def blocks(self, first: int, stop: int) -> bool:
         """Must an operation on [first, stop) wait? Callers skip this while `held` is empty."""
+        return self._blocked(first, stop, len(self.waiting))
+
+    def _blocked(self, first: int, stop: int, earlier: int) -> bool:
         return any(first < end and start < stop for start, end in self.held) or any(
-            first < end and start < stop for start, end, _, _ in self.waiting
+            first < end and start < stop for start, end, _, _ in self.waiting[:earlier]
         )
 
     def acquire(self, first: int, stop: int, run: Callable[[], None]) -> None:
@@ -43,20 +50,22 @@ class RangeLocks:
         self.waiting.append((first, stop, False, run))
 
     def release(self, first: int, stop: int) -> None:
-        """Free a held range and run who waited for it."""
+        """Free a held range and run who waited for it, in order."""
         self.held.remove((first, stop))
-        waiting, self.waiting = self.waiting, []
-        ready: list[Callable[[], None]] = []
-        for entry in waiting:
-            start, end, hold, run = entry
-            if self.blocks(start, end):
-                self.waiting.append(entry)
-                continue
-            if hold:
-                self.held.append((start, end))
-                ready.append(run)
-            else:
-                # Runs at once so that later waiters on the same blocks stay behind it.
-                ready.append(run)
-        for run in ready:
-            run()
+        if self._releasing:
+            return  # called by a waiter: the loop below goes on from the front
+        self._releasing = True
+        try:
+            while (waiter := self._take_free()) is not None:
+                waiter()
+        finally:
+            self._releasing = False
+
+    def _take_free(self) -> Callable[[], None] | None:
+        for index, (first, stop, hold, run) in enumerate(self.waiting):
+            if not self._blocked(first, stop, index):
+                del self.waiting[index]
+                if hold:
+                    self.held.append((first, stop))
+                return run
+        return None

@@ -10,7 +10,7 @@ writes queued after it are above. The order of durable steps:
 - delete: the record first (marked removed), then the members. The next open removes what a
   member still has by name.
 - revert: the record names the revert as pending, the members do it and flush, the record drops
-  the mark. The next open finishes a pending revert on members that have not done it.
+  the mark. The next open, or the last member coming back (returning.py), finishes a pending one.
 
 One change at a time; a rebuild excludes delete and revert, because they move blocks between layers
 that are being copied.
@@ -18,7 +18,8 @@ that are being copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,22 +33,23 @@ from protocol.errors import (
     StateError,
 )
 from protocol.units import SNAPSHOTS_MAX, check_name
-from replication.authority import SYNCING, LayerRecord, Record
+from replication.authority import IN_SYNC, LayerRecord, Record
+from replication.turns import Done
 
 if TYPE_CHECKING:
     from replication.engine import Engine
     from replication.link import Link
 
-Done = Callable[[BlockdError | None], None]
 LABELS_MAX = 32  # labels of one snapshot; 254 snapshots' worth still fits one control message
 LABEL_CHARACTERS_MAX = 256
+LABELS_BYTES_MAX = 12 << 10  # of all labels of a snapshot as JSON: 254 times that fits, too
 
 
 def control_all(engine: Engine, content: dict[str, Any], done: Done) -> None:
     """Send one control request to every target, at one point of the order.
 
-    If every target refuses, `done(error)`: nothing changed. A target that refuses what another
-    one did is behind and fails.
+    If every member in sync refuses, `done(error)`: nothing changed (a PeerError: they were lost,
+    and it may have happened). A target that did otherwise than those in sync fails.
     """
     targets = list(engine.targets)
     results: dict[Link, BlockdError | None] = {}
@@ -59,15 +61,18 @@ def control_all(engine: Engine, content: dict[str, Any], done: Done) -> None:
         results[link] = error
         if len(results) < len(targets):
             return
-        errors = [failure for failure in results.values() if failure is not None]
-        refusals = [failure for failure in errors if not isinstance(failure, PeerError)]
-        if len(errors) == len(targets):
-            done((refusals or errors)[0])
-            return
-        for other, failure in results.items():
-            if failure is not None:
-                engine.fail(other, f"{content['do']} failed: {failure}")
-        done(None)
+        in_sync = [link for link in targets if link.state == IN_SYNC] or targets
+        failures = [failure for link in in_sync if (failure := results[link]) is not None]
+        if len(failures) == len(in_sync):
+            refusals = [failure for failure in failures if not isinstance(failure, PeerError)]
+            behind = [link for link in targets if results[link] is None]
+            outcome: BlockdError | None = (refusals or failures)[0]
+        else:
+            behind = [link for link in targets if results[link] is not None]
+            outcome = None
+        for other in behind:
+            engine.fail(other, f"{content['do']} went another way here: {results[other]}")
+        done(outcome)
 
     def ask(link: Link) -> None:
         def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
@@ -85,7 +90,6 @@ class Structure:
     def __init__(self, engine: Engine, timestamp: Callable[[], str]) -> None:
         self._engine = engine
         self._timestamp = timestamp
-        self._queue: list[Callable[[], None]] = []
 
     # ---- snapshot -------------------------------------------------------------------------
 
@@ -93,21 +97,31 @@ class Structure:
         """Seal the live volume as snapshot `name`."""
         check_name("snapshot", name)
         check_labels(labels)
-        self._start(lambda end: self._create(name, labels, end), done)
+        self._engine.changes.take(lambda end: self._create(name, labels, end), done)
 
     def _create(self, name: str, labels: dict[str, str], done: Done) -> None:
-        engine, record = self._engine, self._engine.record
+        record = self._engine.record
         if record.layer_named(name) is not None:
             raise ConflictError(
                 f"snapshot {record.volume_name}@{name} exists already; choose another name or "
                 "delete it first"
             )
+        if len(record.layers) >= SNAPSHOTS_MAX and any(layer.removed for layer in record.layers):
+            self._forget_folded(lambda error: self._seal(name, labels, done))
+        else:
+            self._seal(name, labels, done)
+
+    def _seal(self, name: str, labels: dict[str, str], done: Done) -> None:
+        engine, record = self._engine, self._engine.record
         if len(record.layers) >= SNAPSHOTS_MAX:
-            raise StateError(
-                f"volume {record.volume_name} has {len(record.layers)} layers, the limit is "
-                f"{SNAPSHOTS_MAX}; delete a snapshot first (deleted ones count until they are "
-                "folded in the background)"
+            done(
+                StateError(
+                    f"volume {record.volume_name} has {len(record.layers)} layers, the limit is "
+                    f"{SNAPSHOTS_MAX}; delete a snapshot first (deleted ones count until they "
+                    "are folded in the background)"
+                )
             )
+            return
         sealed = LayerRecord(record.head_id, record.head_parent, name, self._timestamp(), labels)
         new_head = record.next_layer_id
 
@@ -145,7 +159,7 @@ class Structure:
 
     def remove(self, name: str, done: Done) -> None:
         """Delete snapshot `name`; its space comes back in the background."""
-        self._start(lambda end: self._remove(name, end), done)
+        self._engine.changes.take(lambda end: self._remove(name, end), done)
 
     def _remove(self, name: str, done: Done) -> None:
         layer = self.find(name)
@@ -166,21 +180,49 @@ class Structure:
 
         self._engine.ledger.change(change, recorded)
 
-    def folded(self, present: set[int]) -> None:
-        """Forget removed layers that no member has any more (`present`: ids some member has)."""
-        gone = [
-            layer.id
-            for layer in self._engine.record.layers
-            if layer.removed and layer.id not in present
-        ]
-        if gone and not self._queue and self._engine.structure_busy is None:
-            self._engine.ledger.change(lambda record: drop_layers(record, gone), lambda error: None)
+    def forget_folded(self) -> None:
+        """Drop the removed layers that no member has any more from the record."""
+        if any(layer.removed for layer in self._engine.record.layers):
+            self._engine.changes.take(self._forget_folded, lambda error: None)
+
+    def _forget_folded(self, done: Done) -> None:
+        """In a turn: ask every target for its tree, then record what is gone everywhere."""
+        engine = self._engine
+        targets = list(engine.targets)
+        present: set[int] = set()
+        left = len(targets)
+        if not targets or engine.structure_busy:
+            done(None)
+            return
+
+        def answered(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                present.update(layer.id for layer in engine.record.layers)
+            else:
+                layers = wire.json_content(payload)["layers"]
+                present.update(int(layer["id"]) for layer in layers)
+            if left:
+                return
+            gone = [
+                layer.id
+                for layer in engine.record.layers
+                if layer.removed and layer.id not in present
+            ]
+            if gone:
+                engine.ledger.change(lambda record: drop_layers(record, gone), done)
+            else:
+                done(None)
+
+        for link in targets:
+            engine.call(link, wire.CONTROL, answered, content={"do": "tree"})
 
     # ---- revert ---------------------------------------------------------------------------
 
     def revert(self, name: str, done: Done) -> None:
         """Make the live volume equal to snapshot `name`; later snapshots stay."""
-        self._start(lambda end: self._revert(name, end), done)
+        self._engine.changes.take(lambda end: self._revert(name, end), done)
 
     def _revert(self, name: str, done: Done) -> None:
         engine = self._engine
@@ -189,19 +231,19 @@ class Structure:
         new_head = engine.record.next_layer_id
         intent = {"layer_id": layer.id, "new_head_id": new_head}
 
-        def finished(record: Record) -> Record:
-            return replace(record, head_id=new_head, head_parent=layer.id, pending=None)
-
         def flushed(error: BlockdError | None) -> None:
             if error is not None:
                 done(error)
             else:
-                engine.ledger.change(finished, done)
+                engine.ledger.change(finish_revert, done)
 
         def reverted(error: BlockdError | None) -> None:
-            if error is not None:
-                engine.ledger.change(lambda record: replace(record, pending=None), lambda e: None)
+            if isinstance(error, PeerError):  # lost: it may have happened, so it stays pending
                 done(error)
+            elif error is not None:
+                engine.ledger.change(
+                    lambda record: replace(record, pending=None), lambda e: done(error)
+                )
             else:
                 engine.flush_then(flushed)
 
@@ -229,35 +271,54 @@ class Structure:
         return layer
 
     def _refuse_during_rebuild(self, what: str) -> None:
-        record = self._engine.record
-        for uuid, member in record.members.items():
-            if member.state == SYNCING:
-                raise StateError(
-                    f"cannot {what} of volume {record.volume_name} while replica {uuid} is "
-                    "being rebuilt; wait until it is in sync"
-                )
-
-    def _start(self, work: Callable[[Done], None], done: Done) -> None:
-        def run() -> None:
-            try:
-                work(end)
-            except BlockdError as error:
-                end(error)
-
-        def end(error: BlockdError | None) -> None:
-            self._queue.pop(0)
-            done(error)
-            if self._queue:
-                self._queue[0]()
-
-        self._queue.append(run)
-        if len(self._queue) == 1:
-            run()
+        busy = self._engine.structure_busy
+        if busy:
+            raise StateError(
+                f"cannot {what} of volume {self._engine.record.volume_name} during {busy}; "
+                "wait until it has ended"
+            )
 
     @property
     def busy(self) -> bool:
         """Is a change under way?"""
-        return bool(self._queue)
+        return self._engine.changes.busy
+
+
+def adopt_unrecorded(record: Record, described: Mapping[str, Any]) -> Record:
+    """A snapshot that was sealed but never recorded did not happen: its layer is removed.
+
+    `described` has the `head_id` and `layers` of a member; the record follows them.
+    """
+    head_id = int(described["head_id"])
+    if head_id == record.head_id:
+        return record
+    parents = {int(layer["id"]): int(layer["parent"]) for layer in described["layers"]}
+    known = {layer.id for layer in record.layers}
+    extra = [
+        LayerRecord(layer_id, parent, removed=True)
+        for layer_id, parent in parents.items()
+        if layer_id not in known and layer_id != head_id
+    ]
+    return replace(
+        record,
+        layers=(*record.layers, *extra),
+        head_id=head_id,
+        head_parent=parents[head_id],
+        next_layer_id=max(record.next_layer_id, head_id + 1),
+    )
+
+
+def finish_revert(record: Record) -> Record:
+    """The record after its pending revert was done by every member."""
+    pending = record.pending
+    if pending is None:
+        return record
+    return replace(
+        record,
+        head_id=pending["new_head_id"],
+        head_parent=pending["layer_id"],
+        pending=None,
+    )
 
 
 def drop_layers(record: Record, gone: list[int]) -> Record:
@@ -289,3 +350,8 @@ def check_labels(labels: dict[str, str]) -> None:
                 f"label {key[:40]!r} has {len(key) + len(value)} characters, the limit is "
                 f"{LABEL_CHARACTERS_MAX}; shorten it"
             )
+    size = len(json.dumps(labels).encode())
+    if size > LABELS_BYTES_MAX:
+        raise RequestError(
+            f"the labels take {size} bytes, the limit is {LABELS_BYTES_MAX}; use fewer or shorter"
+        )

@@ -27,8 +27,8 @@ from blockd.daemons.local_member import LocalSession
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import ConflictError, DegradedError, PeerError, StateError
-from replication.authority import IN_SYNC, OUT, Authority, LayerRecord, Member, Record
-from replication.structure import drop_layers
+from replication.authority import IN_SYNC, OUT, Authority, Member, Record
+from replication.structure import adopt_unrecorded, drop_layers, finish_revert
 
 WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
 RETRY_SECONDS = 0.2
@@ -261,13 +261,8 @@ def _finish_structure(
                 content = {"do": "revert", **pending}
                 promised[replica_uuid]["layers"] = _apply(sessions[replica_uuid], content)
                 promised[replica_uuid]["head_id"] = pending["new_head_id"]
-        record = replace(
-            record,
-            head_id=pending["new_head_id"],
-            head_parent=pending["layer_id"],
-            pending=None,
-        )
-    record = _adopt_unrecorded(record, promised[equal[0]], log)
+        record = finish_revert(record)
+    record = adopt_unrecorded(record, promised[equal[0]])
     present: set[int] = set()
     for replica_uuid in equal:
         layers = {layer["id"]: layer for layer in promised[replica_uuid]["layers"]}
@@ -282,30 +277,6 @@ def _finish_structure(
                 _apply(sessions[replica_uuid], {"do": "remove", "layer_id": layer.id})
     gone = [layer.id for layer in record.layers if layer.removed and layer.id not in present]
     return drop_layers(record, gone)
-
-
-def _adopt_unrecorded(record: Record, described: dict[str, Any], log: Log) -> Record:
-    """A snapshot that was sealed but never recorded did not happen: its layer is removed."""
-    if described["head_id"] == record.head_id:
-        return record
-    known = {layer.id for layer in record.layers}
-    extra = [
-        layer
-        for layer in described["layers"]
-        if layer["id"] not in known and layer["id"] != described["head_id"]
-    ]
-    log(f"dropping {len(extra)} layers of a snapshot that was not finished")
-    head = next(layer for layer in described["layers"] if layer["id"] == described["head_id"])
-    return replace(
-        record,
-        layers=(
-            *record.layers,
-            *(LayerRecord(layer["id"], layer["parent"], removed=True) for layer in extra),
-        ),
-        head_id=described["head_id"],
-        head_parent=head["parent"],
-        next_layer_id=max(record.next_layer_id, described["head_id"] + 1),
-    )
 
 
 def _apply(session: AnySession, content: dict[str, Any]) -> list[dict[str, Any]]:

@@ -149,7 +149,10 @@ class ReplicaService:
             replica.revert(int(content["layer_id"]), int(content["new_head_id"]))
             self.worked()
         elif what == "tree":
-            return {"layers": [describe_layer(info) for info in replica.tree()]}
+            return {
+                "layers": [describe_layer(info) for info in replica.tree()],
+                "head_id": replica.metadata.head_id,
+            }
         elif what == "layer_regions":
             return {"regions": replica.layer_regions(int(content["layer_id"]))}
         elif what == "fold":
@@ -181,16 +184,23 @@ class ReplicaService:
             self.loop.later(MAINTAIN_DELAY_SECONDS, self._maintain)
 
     def _maintain(self) -> None:
+        """One step; a flush it needs runs in a thread like any other."""
         self._maintaining = False
-        if self._folding_paused_by or self._flushing or not self.replica.complete:
-            if not self._folding_paused_by:
+        replica = self.replica
+        replica.hold_folding = bool(self._folding_paused_by)
+        if self._flushing or not replica.complete:
+            if self._flushing:
                 self.worked()
             return
         try:
-            if self.replica.maintain():
-                self.worked()
+            more = replica.maintain(inline_flush=False)
         except BlockdError as error:
             process.log(f"background work stopped: {error}")
+            return
+        if replica.flush_wanted:
+            self.flush(lambda error: self.worked() if error is None else None)
+        elif more:
+            self.worked()
 
 
 def describe_layer(info: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from replication.authority import IN_SYNC, OUT, SqliteAuthority
 from replication.engine import Engine
 from replication.ledger import Ledger
 from replication.link import Link
+from replication.returning import come_back
 from replication.structure import Structure
 
 TICK_SECONDS = 1.0  # how often silence is noticed and lost members are tried again
@@ -76,6 +77,8 @@ class VolumeDaemon:
             session = opened.sessions.get(replica_uuid)
             if session is not None:
                 self._connected(link, session)
+                if link.state == IN_SYNC:
+                    membership.enter(self.engine, link)
         loop.later(TICK_SECONDS, self._tick)
 
     def serve(self) -> None:
@@ -178,10 +181,7 @@ class VolumeDaemon:
             self._sockets[link] = LocalMember(self, link, session)
         else:
             self._sockets[link] = MemberSocket(self, link, session.detach())
-        if link.state == IN_SYNC:
-            membership.enter(self.engine, link)
-        else:
-            link.connected = True
+        link.connected = True
 
     def _member_lost(self, link: Link, reason: str) -> None:
         process.log(f"replica {link.replica_uuid} at {link.address} lost: {reason}")
@@ -205,6 +205,8 @@ class VolumeDaemon:
                 link.progress_at = now
             elif now - link.progress_at > SILENCE_SECONDS_MAX:
                 engine.fail(link, f"no answer for {SILENCE_SECONDS_MAX:.0f} s")
+        if not self.structure.busy:
+            self.structure.forget_folded()
         self.send_everything()
         self.loop.later(TICK_SECONDS, self._tick)
 
@@ -215,7 +217,7 @@ class VolumeDaemon:
         member = record.members.get(replica_uuid)
         if link is None or member is None or replica_uuid in self._reconnecting:
             return
-        if member.state != link.state or link in self.engine.targets:
+        if member.state != link.state or link.leaving or link in self.engine.targets:
             return  # its change to OUT is still on the way
         if link.address.startswith("dir:"):
             return  # its disk failed under this process; only a restart looks at it again
@@ -260,6 +262,8 @@ class VolumeDaemon:
         self._boot_ids[replica_uuid] = boot_id
         process.log(f"replica {replica_uuid} is back ({member.state})")
         self._connected(link, session)
+        if link.state == IN_SYNC:
+            come_back(self.engine, link)
         self.send_everything()
 
     # ---- the end --------------------------------------------------------------------------

@@ -214,8 +214,6 @@ class VolumeCommands:
 
     def _rebuild(self, request: dict[str, Any], answer: Answer) -> None:
         link = self._link(request)
-        if self._daemon.structure.busy:
-            raise StateError("a snapshot operation is under way; try again when it has ended")
 
         def done(error: BlockdError | None) -> None:
             result = f"failed: {error}" if error else "done, in sync"

@@ -75,11 +75,6 @@ def test_a_read_longer_than_a_piece_is_put_together(offset: int, length: int) ->
     world.check_order()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="engine.read compares the length, not the whole blocks it touches; the replica ends "
-    "the session, then the next one does, until none is left",
-)
 @pytest.mark.parametrize("lead", [1, 512, 4095])
 def test_a_read_of_one_piece_that_is_not_aligned_stays_within_the_limit(lead: int) -> None:
     world = filled(size_bytes=4 << 20)
@@ -148,10 +143,6 @@ def test_a_bad_block_is_read_from_another_member(first: int) -> None:
         pytest.param(
             2,
             1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="_read_elsewhere asks the first bad member again instead of the third one",
-            ),
         ),
     ],
 )
@@ -287,11 +278,6 @@ def test_applied_never_goes_back() -> None:
         answer_with(world, wire.APPLIED, 1, 0, b"")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="data_chunks and extents let struct.error and ValueError out; _read_done "
-    "does not compare the length of the answer with what was asked",
-)
 @pytest.mark.parametrize(
     ("length", "payload"),
     [
@@ -311,9 +297,6 @@ def test_data_of_another_shape_than_asked_is_not_passed_on(length: int, payload:
     assert read.error == errno.EIO
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the reply of engine.extents lets struct.error and ValueError out"
-)
 @pytest.mark.parametrize("payload", [b"123", b"1234", b"1234567", b"x" * 12])
 def test_extents_of_a_wrong_shape_are_not_passed_on(payload: bytes) -> None:
     world = World(1)

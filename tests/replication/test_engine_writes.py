@@ -199,10 +199,6 @@ def test_the_last_member_comes_back_and_serves_again() -> None:
     assert (before.error, after.error, read.result) == (0, 0, BLOCK + BLOCK)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_lose_last forgets that a change to OUT is under way; the member is read while OUT",
-)
 def test_a_member_on_its_way_out_cannot_come_back_before_the_record_says_so() -> None:
     world = World(2)
     world.authority.away = True
@@ -257,10 +253,6 @@ def test_an_operation_all_members_lack_space_for_fails_and_nobody_is_out() -> No
         assert replica.block(1) is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="advance answers the write after a refused one without looking at its refusal",
-)
 def test_each_of_several_writes_without_space_fails() -> None:
     world = World(2)
     for replica in world.replicas.values():
@@ -298,10 +290,6 @@ def test_a_member_that_refuses_a_write_for_another_reason_goes_out() -> None:
     world.check_members()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_settle_refusal lets a SYNCING member keep what the others refused",
-)
 def test_a_member_being_rebuilt_that_applied_what_the_others_refused_goes_out() -> None:
     world = World(2)
     world.lose("r1")

@@ -4,7 +4,6 @@ the same blocks run in the order they came, everybody runs in the end and exactl
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,10 +105,6 @@ def test_the_lock_agrees_with_the_model(actions: list[tuple[str, int, int]]) -> 
     assert not locks.waiting
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="release() runs its list while a nested release() lets later waiters run at once",
-)
 def test_a_holder_that_releases_at_once_does_not_let_later_ones_pass_earlier_ones() -> None:
     locks = RangeLocks()
     ran: list[str] = []

@@ -105,9 +105,6 @@ def test_a_snapshot_waits_for_the_authority_while_requests_go_on() -> None:
     assert all(replica.content(1) == bytes(world.size_bytes) for replica in world.replicas.values())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the ledger repeats a change that was stored; the layer is recorded twice"
-)
 def test_a_snapshot_is_recorded_once_when_the_authority_lost_the_answer() -> None:
     world = World(2)
     world.authority.lose_answers = 1
@@ -141,10 +138,6 @@ def test_snapshot_255_is_refused_with_the_limit_in_the_message() -> None:
     assert len(record_of(world).layers) == SNAPSHOTS_MAX
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="nobody calls Structure.folded: deleted layers count for as long as the volume is open",
-)
 def test_deleted_snapshots_stop_counting_when_they_are_folded() -> None:
     world = World(1, size_bytes=BLOCK_BYTES)
     for number in range(SNAPSHOTS_MAX + 1):
@@ -222,10 +215,6 @@ def rebuilding(world: World) -> None:
     world.settle_until(lambda: world.link("r1") in world.engine.targets)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="control_all counts a SYNCING member's consent and fails the members in sync",
-)
 def test_a_snapshot_refused_by_all_in_sync_does_not_cost_the_volume_during_a_rebuild() -> None:
     world = World(2)
     rebuilding(world)
@@ -238,11 +227,6 @@ def test_a_snapshot_refused_by_all_in_sync_does_not_cost_the_volume_during_a_reb
     assert write.error == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the record never learns of a seal whose answer was lost: a later rebuild copies only "
-    "the layers of the record and misses everything written since",
-)
 def test_after_a_snapshot_lost_with_the_last_member_a_rebuild_still_copies_everything() -> None:
     world = World(2)
     world.lose("r1")
@@ -265,10 +249,6 @@ def test_after_a_snapshot_lost_with_the_last_member_a_rebuild_still_copies_every
         assert world.replicas["r1"].content() == world.replicas["r0"].content()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the id of a head whose seal may have happened is used again, so no snapshot works",
-)
 def test_after_a_snapshot_lost_with_the_last_member_the_next_one_works() -> None:
     world = World(1)
     world.pipes["r0"].muted = True
@@ -281,9 +261,6 @@ def test_after_a_snapshot_lost_with_the_last_member_the_next_one_works() -> None
     assert again == [None]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Structure._start runs a change queued by the answer of another twice"
-)
 def test_a_snapshot_asked_for_by_the_answer_of_another_is_made_once() -> None:
     world = World(1)
     outcome: list[BlockdError | None] = []
@@ -339,7 +316,7 @@ def test_folded_layers_leave_the_record() -> None:
     removed(world, "a")
     world.settle()
     world.replicas["r0"].fold(1)
-    world.structure.folded(set(world.replicas["r0"].layers))
+    world.structure.forget_folded()
     world.settle()
     assert [(layer.id, layer.parent) for layer in record_of(world).layers] == [(2, 0)]
 
@@ -393,10 +370,6 @@ def test_a_revert_everybody_refuses_did_not_happen() -> None:
     assert record_of(world).head_id == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_revert clears the pending mark although a lost member may have done it",
-)
 def test_a_revert_stays_pending_when_the_last_member_died_during_it() -> None:
     world = World(1)
     world.snapshot("one")
@@ -425,9 +398,6 @@ def test_a_rebuild_excludes_deletion_and_revert(operation: object) -> None:
     assert outcome == [None]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a rebuild that has begun is not looked for before it is in the record"
-)
 @pytest.mark.parametrize("operation", [removed, reverted])
 def test_a_rebuild_that_is_being_recorded_excludes_deletion_and_revert(operation: object) -> None:
     world = World(2)
@@ -481,15 +451,9 @@ def test_labels_beyond_the_limits_are_refused(labels: dict[str, str]) -> None:
         "a",
         pytest.param(
             "\U0001f4be",
-            marks=pytest.mark.xfail(
-                strict=True, reason="LABEL_CHARACTERS_MAX counts characters, the wire counts bytes"
-            ),
         ),
         pytest.param(
             '"',
-            marks=pytest.mark.xfail(
-                strict=True, reason="LABEL_CHARACTERS_MAX counts characters, the wire counts bytes"
-            ),
         ),
     ],
 )

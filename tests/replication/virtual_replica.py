@@ -281,6 +281,19 @@ class VirtualReplica:
             del self.layers[self.head_id]
             self.head_id = content["new_head_id"]
             self.layers[self.head_id] = Layer(content["layer_id"])
+        elif what == "tree":
+            layers = [
+                {
+                    "id": layer_id,
+                    "parent": layer.parent,
+                    "name": layer.name,
+                    "created": "",
+                    "labels": {},
+                    "removed": layer.removed,
+                }
+                for layer_id, layer in self.layers.items()
+            ]
+            return {"layers": layers, "head_id": self.head_id}
         elif what == "layer_regions":
             blocks = self._layer(content["layer_id"]).blocks
             return {"regions": sorted({number // BLOCKS_PER_REGION for number in blocks})}

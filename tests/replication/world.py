@@ -32,6 +32,7 @@ from replication.engine import Chunks, Engine
 from replication.ledger import Ledger
 from replication.link import Link
 from replication.rebuild import Rebuild
+from replication.returning import come_back
 from replication.structure import Structure
 from tests.replication.virtual_replica import VirtualReplica
 
@@ -455,17 +456,17 @@ class World:
         """A lost member is reached again, by the rules of the volume daemon; was it let in?"""
         old = self.link(uuid)
         state = self.engine.record.members[uuid].state
-        if old.connected or state != old.state or old in self.engine.targets:
+        if old.connected or state != old.state or old.leaving or old in self.engine.targets:
             return False
         replica = self.replicas[uuid]
         replica.attach()
         link = Link(uuid, old.address, state)
         self.engine.links[uuid] = link
         self.pipes[uuid] = Pipe(link, replica)
+        link.connected = True
         if state == IN_SYNC:
-            membership.enter(self.engine, link)
-        else:
-            link.connected = True
+            come_back(self.engine, link)
+            self.settle_until(lambda: link in self.engine.readers or not link.connected)
         return True
 
     def rebuild(self, uuid: str) -> list[BlockdError | None]:
