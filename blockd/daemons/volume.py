@@ -127,7 +127,7 @@ class VolumeDaemon:
     def send_to_members(self) -> bool:
         """Send all outboxes of members; True if nothing is left in them."""
         sent = True
-        for member in self._sockets.values():
+        for member in list(self._sockets.values()):  # one that fails to send leaves
             if member.link.queue and not member.flush():
                 sent = False
         if not sent:
