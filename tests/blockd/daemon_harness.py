@@ -52,6 +52,23 @@ class Daemon:
         assert line.startswith("ready"), f"{self.arguments}: {self.log.read_text()}"
         return self
 
+    def refused(self) -> tuple[int, str]:
+        """Start it where it must not come up: its exit code and its one line on stderr."""
+        done = subprocess.run(
+            [sys.executable, "-m", "blockd", "daemon", *self.arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+        )
+        assert not done.stdout, done.stdout
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("blockd: ")]
+        assert len(errors) == 1, done.stderr
+        assert lines[-1] == errors[0], done.stderr
+        assert "Traceback" not in done.stderr
+        return done.returncode, errors[0]
+
     @property
     def pid(self) -> int:
         assert self.process is not None
