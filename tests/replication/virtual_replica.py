@@ -30,6 +30,7 @@ from protocol.errors import (
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
+ANSWERS = {wire.READ: ("read", wire.DATA), wire.EXTENTS: ("extents", wire.EXTENT_LIST)}
 Fault = Callable[[int, int, int], int]
 """(operation, offset, length) of a WRITE, ZERO or READ to an errno, 0 = go on"""
 
@@ -66,6 +67,7 @@ class VirtualReplica:
         self.fault: Fault = no_fault
         self.refuse_control: dict[str, BlockdError] = {}
         self.refuse_layer_read: set[tuple[int, int]] = set()
+        self.nonsense: dict[str, bytes] = {}  # operation or control word: payload of its answer
         self.flush_fails = False
         self.corrupt: set[int] = set()
         self.paused = False
@@ -189,6 +191,12 @@ class VirtualReplica:
 
     def _other(self, frame: wire.Frame) -> bytes:
         operation, _, length, offset, sequence, argument, payload = frame
+        name, answer = ANSWERS.get(operation, ("", 0))
+        if operation == wire.CONTROL:
+            name, answer = wire.json_content(payload)["do"], wire.ANSWER
+        if name in self.nonsense:
+            bad = self.nonsense[name]
+            return wire.frame(answer, sequence, length=length, payload_bytes=len(bad)) + bad
         try:
             if operation == wire.READ:
                 return self._read(sequence, offset, length, argument)
