@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from protocol import replica as wire
-from protocol.checksum import ZEROS, block_checksum
+from protocol.checksum import ZEROS, block_checksum, crc32c
 from protocol.errors import BlockdError, PeerError, StorageError, from_code
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication import membership, pieces
@@ -41,7 +41,7 @@ EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks f
 Chunks = list[tuple[int, memoryview | None]]
 """byte count and data (None = zeros), in order"""
 
-_U32 = struct.Struct("<I")
+_unpack_u32 = struct.Struct("<I").unpack_from
 _MASK = BLOCK_BYTES - 1
 
 
@@ -68,6 +68,7 @@ class Engine:
         self.links: dict[str, Link] = {}
         self.targets: list[Link] = []
         self.readers: list[Link] = []
+        self.reader: Link | None = None  # whose turn it is; None if nobody may be read
         self.locks = RangeLocks()
         self.pending: deque[tuple[int, Client, Any, bool]] = deque()
         self.flushes: list[_Flush] = []
@@ -164,34 +165,37 @@ class Engine:
         """Read any byte range of the live volume or of a snapshot."""
         self.reads_total += 1
         self.read_bytes += length
-        if (offset & _MASK) + length > PIECE_BYTES_MAX:
+        lead = offset & _MASK
+        link = self.reader
+        if lead + length > PIECE_BYTES_MAX or link is None:
             pieces.read_long(self, client, cookie, offset, length, layer_id)
             return
-        self.send_read((client, cookie, offset, length, layer_id, ()))
+        self.sequence = sequence = self.sequence + 1
+        link.reads[sequence] = (client, cookie, offset, length, layer_id, ())
+        whole = (lead + length + _MASK) & ~_MASK
+        link.queue.append(link.read_message(sequence, offset - lead, whole, layer_id))
 
     def send_read(self, request: ReadRequest) -> None:
-        """Queue a read on the member whose turn it is."""
-        readers = self.readers
-        if not readers:
-            request[0].done(request[1], errno.EIO)
+        """Queue a read on a member that has not answered it badly; EIO if there is none."""
+        client, cookie, offset, length, layer_id, tried = request
+        link = self.reader
+        if link is None or link in tried:
+            link = next((reader for reader in self.readers if reader not in tried), None)
+        if link is None:
+            client.done(cookie, errno.EIO)
             return
-        link = readers[self._turn % len(readers)]
-        if request[5]:
-            fresh = [reader for reader in readers if reader not in request[5]]
-            if not fresh:
-                request[0].done(request[1], errno.EIO)
-                return
-            link = fresh[0]
         self.sequence = sequence = self.sequence + 1
         link.reads[sequence] = request
-        offset = request[2]
         first = offset & ~_MASK
-        stop = (offset + request[3] + _MASK) & ~_MASK
-        link.queue.append(wire.read_header(sequence, first, stop - first, request[4]))
+        stop = (offset + length + _MASK) & ~_MASK
+        link.queue.append(link.read_message(sequence, first, stop - first, layer_id))
 
     def next_turn(self) -> None:
         """The next batch of reads goes to the next member (one batch, one peer, one send)."""
-        self._turn += 1
+        readers = self.readers
+        if len(readers) > 1:
+            self._turn += 1
+            self.reader = readers[self._turn % len(readers)]
 
     def extents(
         self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
@@ -202,7 +206,7 @@ class Engine:
             return
         first = offset & ~_MASK
         stop = min((offset + length + _MASK) & ~_MASK, first + EXTENTS_BLOCKS_MAX * BLOCK_BYTES)
-        link = self.readers[self._turn % len(self.readers)]
+        link = self.reader or self.readers[0]
 
         def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
             if error is not None or payload is None:
@@ -328,7 +332,8 @@ class Engine:
             raise wire.WireError(f"{length} bytes answered to a read of {wanted} at {offset}")
         if len(payload) == BLOCK_BYTES + 4 and wanted == BLOCK_BYTES == length:
             data = payload[4:]
-            if _U32.unpack_from(payload)[0] == block_checksum(data):
+            crc = crc32c(data)
+            if _unpack_u32(payload)[0] == (crc if crc > ZEROS else crc + 2):
                 client.data(cookie, offset, [(BLOCK_BYTES, data)])
                 return
             chunks = None
@@ -419,13 +424,19 @@ class Engine:
     def set_members(self, targets: list[Link], readers: list[Link]) -> None:
         """Who gets writes and who may be read, from the next request on."""
         self.targets = targets
-        self.readers = readers
+        self.set_readers(readers)
         self._queues = [link.queue for link in targets]
         for flush in list(self.flushes):
             flush.waiting.intersection_update(targets)
             self._finish_flush(flush)
         self.advance()
         self.on_members()
+
+    def set_readers(self, readers: list[Link]) -> None:
+        """Who may be read from now on."""
+        self.readers = readers
+        if self.reader not in readers:
+            self.reader = readers[0] if readers else None
 
     def fail_all(self, code: int) -> None:
         """The last copy is gone: answer everything outstanding with `code`."""

@@ -45,6 +45,7 @@ class Ledger:
     ) -> None:
         self.record = record
         self.held: str | None = None
+        self.on_change: Callable[[], object] = lambda: None  # what a change let out can be sent
         self._authority = authority
         self._clock = clock
         self._fenced = fenced
@@ -109,6 +110,7 @@ class Ledger:
             _, done, _ = self._queue.popleft()
             done(None)
         self._next()
+        self.on_change()
 
 
 class _Fenced(ConflictError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from protocol import replica as wire
 from protocol.errors import BlockdError
 from protocol.streams import Outbox
 from replication.authority import OUT
@@ -40,6 +41,7 @@ class Link:
         "outbox",
         "progress_at",
         "queue",
+        "read_message",
         "reads",
         "reads_total",
         "rebuild_fraction",
@@ -59,6 +61,7 @@ class Link:
         self.hello: dict[str, Any] = {}
         self.outbox = Outbox()
         self.queue = self.outbox.queue  # the hot path appends here
+        self.read_message: Callable[[int, int, int, int], Any] = wire.read_header
         self.applied = 0
         self.refused: dict[int, int] = {}
         self.reads: dict[int, ReadRequest] = {}

@@ -26,7 +26,7 @@ def fail(engine: Engine, link: Link, reason: str) -> None:
     link.connected = False
     link.failure = reason
     link.rebuild_fraction = None
-    engine.readers = [reader for reader in engine.readers if reader is not link]
+    engine.set_readers([reader for reader in engine.readers if reader is not link])
     engine.on_lost(link, reason)
     reads, link.reads = link.reads, {}
     for request in reads.values():

@@ -57,6 +57,7 @@ class VolumeDaemon:
         self.loop = loop
         self.options = options
         self.ledger = Ledger(authority, opened.record, loop, self._fenced)
+        self.ledger.on_change = self.send_everything
         self.engine = Engine(self.ledger, loop.now)
         self.structure = Structure(self.engine, process.timestamp)
         self.connections: list[NbdConnection] = []
@@ -237,6 +238,9 @@ class VolumeDaemon:
             self._reconnecting.discard(replica_uuid)
             if failure is not None or session is None:
                 link.failure = str(failure)
+                if isinstance(failure, ConflictError):
+                    # It refuses our epoch, perhaps: a swap finds out whether we were fenced.
+                    self.ledger.change(lambda record: record, lambda error: None)
                 return
             self._reconnected(link, session)
 

@@ -118,7 +118,7 @@ def test_a_read_cut_off_in_the_middle_of_its_answer_is_served_whole() -> None:
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_a_bad_block_is_read_from_another_member(first: int) -> None:
     world = filled()
-    world.engine._turn = first
+    world.engine.reader = world.engine.readers[first]
     bad = [*world.replicas.values()][first]
     bad.corrupt = {2}
     reads = [world.read(2 * BLOCK_BYTES, BLOCK_BYTES), world.read(0, 5 * BLOCK_BYTES)]
@@ -149,7 +149,7 @@ def test_a_bad_block_is_read_from_another_member(first: int) -> None:
 def test_the_only_good_copy_of_a_block_is_found(first: int, good: int) -> None:
     world = filled()
     replicas = [*world.replicas.values()]
-    world.engine._turn = first
+    world.engine.reader = world.engine.readers[first]
     for index, replica in enumerate(replicas):
         replica.corrupt = set() if index == good else {2}
     read = world.read(2 * BLOCK_BYTES, BLOCK_BYTES)
