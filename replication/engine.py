@@ -305,11 +305,11 @@ class Engine:
         reads = link.reads
         for operation, _, length, _, sequence, argument, payload in frames:
             if operation == wire.DATA:
-                request = reads.pop(sequence, None)
+                request = reads.get(sequence)
                 if request is None or payload is None:
                     raise wire.WireError(f"an answer to a read never asked (sequence {sequence})")
                 link.reads_total += 1
-                self._read_done(link, request, length, payload)
+                self._read_done(link, request, sequence, length, payload)
             elif operation == wire.APPLIED:
                 if not link.applied <= sequence <= self.sequence:
                     raise wire.WireError(f"applied sequence {sequence} is out of order")
@@ -317,14 +317,25 @@ class Engine:
             elif operation == wire.REFUSED:
                 self._refused(link, sequence, argument, payload)
             else:
-                reply = link.calls.pop(sequence, None)
-                if reply is None:
-                    raise wire.WireError(f"an answer to nothing asked (sequence {sequence})")
-                reply(argument, payload, None)
+                self._replied(link, sequence, argument, payload)
         self.advance()
 
+    def _replied(
+        self, link: Link, sequence: int, argument: int, payload: memoryview | None
+    ) -> None:
+        reply = link.calls.get(sequence)
+        if reply is None:
+            raise wire.WireError(f"an answer to nothing asked (sequence {sequence})")
+        try:
+            reply(argument, payload, None)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # The asker found another content than it asked for: the peer's fault. The call stays
+            # open and fails with the link.
+            raise wire.WireError(f"an answer that makes no sense: {error!r}") from error
+        link.calls.pop(sequence, None)
+
     def _read_done(
-        self, link: Link, request: ReadRequest, length: int, payload: memoryview
+        self, link: Link, request: ReadRequest, sequence: int, length: int, payload: memoryview
     ) -> None:
         client, cookie, offset, wanted, _, _ = request
         lead = offset & _MASK
@@ -334,11 +345,13 @@ class Engine:
             data = payload[4:]
             crc = crc32c(data)
             if _unpack_u32(payload)[0] == (crc if crc > ZEROS else crc + 2):
+                del link.reads[sequence]
                 client.data(cookie, offset, [(BLOCK_BYTES, data)])
                 return
             chunks = None
         else:
             chunks = data_chunks(length, payload)
+        del link.reads[sequence]
         if chunks is None:
             self.checksum_errors += 1
             link.errors += 1
@@ -400,6 +413,8 @@ class Engine:
         otherwise than the members in sync goes OUT before anybody is answered.
         """
         sequence, client, cookie, _ = self.pending[0]
+        if not all(link.connected for link in self.targets):
+            return False  # somebody is on the way out; what it applied does not count then
         refusers = [link for link in self.targets if sequence in link.refused]
         in_sync = [link for link in self.targets if link.state == IN_SYNC]
         if all(link in refusers for link in in_sync):

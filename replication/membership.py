@@ -12,7 +12,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from protocol.errors import BlockdError, PeerError, StateError
-from replication.authority import IN_SYNC, OUT, Record
+from replication.authority import IN_SYNC, OUT, SYNCING, Record
 
 if TYPE_CHECKING:
     from replication.engine import Engine
@@ -33,6 +33,8 @@ def fail(engine: Engine, link: Link, reason: str) -> None:
         engine.send_read(request)
     link.fail_calls(PeerError(f"replica {link.replica_uuid} was lost: {reason}"))
     if link not in engine.targets:
+        if link.state == SYNCING and not link.leaving:  # lost before its barrier
+            put_out(engine, link)
         engine.on_members()
     elif link.state == IN_SYNC and not _others_in_sync(engine, link):
         _lose_last(engine)

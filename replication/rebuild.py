@@ -286,11 +286,8 @@ class Rebuild:
         if self._ended:
             return
         link = self._link
-        was_target = link in self._engine.targets
         self._finish(error)
-        self._engine.fail(link, f"rebuild failed: {error}")
-        if not was_target:
-            membership.put_out(self._engine, link)
+        self._engine.fail(link, f"rebuild failed: {error}")  # puts it OUT
 
     def _finish(self, error: BlockdError | None) -> None:
         self._ended = True

@@ -69,6 +69,10 @@ class _Return:
         self._call(wire.CONTROL, content, lambda answer: self._drop(dropped[1:]))
 
     def _enter(self) -> None:
+        """After every change asked for before, so that members on their way out are out."""
+        self._engine.ledger.change(lambda record: record, lambda error: self._entered())
+
+    def _entered(self) -> None:
         if self._link.connected:
             membership.enter(self._engine, self._link)
         self._end(None)

@@ -222,11 +222,6 @@ def test_a_member_on_its_way_out_cannot_come_back_before_the_record_says_so() ->
     assert write.answered
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a last member that returns is answered from while another one that misses the write "
-    "is still IN_SYNC in the record",
-)
 def test_a_returned_last_member_waits_until_the_others_are_recorded_out() -> None:
     world = World(2)
     world.authority.away = True
@@ -293,10 +288,6 @@ def test_each_of_several_writes_without_space_fails() -> None:
     assert all(not link.refused for link in world.engine.links.values())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_settle_refusal counts a member that is on its way out, and takes the volume down",
-)
 def test_all_live_members_without_space_wait_for_the_record_of_a_dead_one_that_had_it() -> None:
     world = World(3)
     for uuid in ("r1", "r2"):

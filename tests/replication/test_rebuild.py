@@ -127,11 +127,6 @@ def test_a_target_that_dies_is_out_and_requests_go_on(seed: int) -> None:
     world.check_members()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a target lost before its barrier is not put OUT at once; it may reconnect as SYNCING "
-    "and then stays so for ever",
-)
 def test_a_target_lost_before_its_barrier_can_be_rebuilt_when_it_is_back() -> None:
     world = degraded()
     world.rebuild("r1")

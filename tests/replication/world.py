@@ -474,7 +474,7 @@ class World:
         if state == IN_SYNC:
             come_back(self.engine, link)
             if wait:
-                self.settle_until(lambda: link in self.engine.readers or not link.connected)
+                self.settle()
         return True
 
     def rebuild(self, uuid: str) -> list[BlockdError | None]:
