@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockd.daemons import addresses, process
-from blockd.loop import HANGUP, READ, WRITE, Timer
+from blockd.daemons.stream import Stream
+from blockd.loop import READ, Timer
 from protocol.errors import PeerError
 from protocol.nbd import constants as nbd
 from protocol.nbd import replies, requests
@@ -65,21 +66,18 @@ class NbdServer:
             addresses.remove(name)
 
 
-class NbdConnection:
+class NbdConnection(Stream):
     """One client; also the engine's `Client`."""
 
     def __init__(self, daemon: VolumeDaemon, sock: socket.socket) -> None:
         self._daemon = daemon
         self._engine = daemon.engine
-        self._socket: socket.socket | None = sock
-        self._inbox = Inbox()
         self._parser = requests.RequestParser()
-        self.outbox = Outbox()
+        super().__init__(daemon.loop, sock, Inbox(), Outbox())
         self._queue = self.outbox.queue
         self._handshake = Handshake(daemon)
         self._transmission = False
         self._structured = False
-        self._blocked = False
         self._leaving = False
         self._under_way = 0
         self.export: Export | None = None
@@ -89,32 +87,11 @@ class NbdConnection:
             nbd.HANDSHAKE_DEADLINE_SECONDS, self._too_slow
         )
         self._queue.append(self._handshake.greeting)
-        daemon.loop.register(sock.fileno(), READ, self._ready)
         self.flush()
 
     # ---- socket ---------------------------------------------------------------------------
 
-    def _ready(self, events: int) -> None:
-        sock = self._socket
-        if sock is None:
-            return
-        if self._blocked:
-            if events & HANGUP:
-                self.close("the client went away")
-            else:
-                self.flush()
-            return
-        try:
-            count = self._inbox.receive(sock.recv_into)
-        except OSError as error:
-            self.close(f"connection lost: {error.strerror}")
-            return
-        if count == 0:
-            self.close("the client closed the connection")
-        elif count > 0:
-            self._received()
-
-    def _received(self) -> None:
+    def received(self) -> None:
         try:
             if self._transmission:
                 self._requests()
@@ -125,32 +102,20 @@ class NbdConnection:
             self.close(str(error))
 
     def flush(self) -> bool:
-        """Send what is answered; True if all of it left."""
-        sock = self._socket
-        if sock is None:
-            return True
-        try:
-            sent = self.outbox.flush(sock.sendmsg)
-        except OSError as error:
-            self.close(f"connection lost: {error.strerror}")
-            return True
-        if sent == self._blocked:
-            self._blocked = not sent
-            self._daemon.loop.modify(sock.fileno(), READ if sent else WRITE)
+        sent = super().flush()
         if sent and self._leaving and not self._under_way:
             self.close("the client said goodbye")
         return sent
 
+    def lost(self, reason: str) -> None:
+        self.close(reason)
+
     def close(self, reason: str) -> None:
         """End the connection; answers still to come are dropped."""
-        if self._socket is None:
-            return
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._daemon.loop.unregister(self._socket.fileno())
-        self._socket.close()
-        self._socket = None
-        self._daemon.connection_closed(self, reason)
+        if self.detach():
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._daemon.connection_closed(self, reason)
 
     # ---- handshake ------------------------------------------------------------------------
 
@@ -158,7 +123,7 @@ class NbdConnection:
         self.close(f"no export was chosen within {nbd.HANDSHAKE_DEADLINE_SECONDS} s")
 
     def _negotiate(self) -> None:
-        inbox, handshake = self._inbox, self._handshake
+        inbox, handshake = self.inbox, self._handshake
         data = inbox.buffer[inbox.start : inbox.end]
         inbox.take(inbox.end)
         answer = handshake.receive(data)
@@ -185,7 +150,7 @@ class NbdConnection:
     # ---- requests -------------------------------------------------------------------------
 
     def _requests(self) -> None:
-        inbox = self._inbox
+        inbox = self.inbox
         batch: list[requests.Request] = []
         try:
             start = self._parser.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, batch)
@@ -195,14 +160,14 @@ class NbdConnection:
         if inbox.end > inbox.start:
             inbox.reserve(self._parser.needed(inbox.buffer, inbox.start, inbox.end))
         self._daemon.send_to_clients()
-        if self._daemon.congested and not self._blocked and self._socket is not None:
-            self._daemon.loop.modify(self._socket.fileno(), 0)
+        if self._daemon.congested and not self.blocked and self.socket is not None:
+            self._daemon.loop.modify(self.socket.fileno(), 0)
             self._daemon.waiting.append(self)
 
     def resume(self) -> None:
         """The members took what was waiting for them: read on."""
-        if self._socket is not None and not self._blocked:
-            self._daemon.loop.modify(self._socket.fileno(), READ)
+        if self.socket is not None and not self.blocked:
+            self._daemon.loop.modify(self.socket.fileno(), READ)
 
     def _run(self, batch: list[requests.Request]) -> None:
         engine, size, layer_id = self._engine, self._size_bytes, self.layer_id

@@ -20,7 +20,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from blockd.daemons.replica_service import as_storage_error
-from blockd.loop import HANGUP, READ, WRITE
+from blockd.daemons.stream import Stream
 from protocol import replica as wire
 from protocol.checksum import block_checksum, block_checksums
 from protocol.errors import (
@@ -43,16 +43,13 @@ ARENA_BYTES = 2 << 20  # answers of one batch: two reads of the largest size alw
 _U32 = struct.Struct("<I")
 
 
-class ReplicaSession:
+class ReplicaSession(Stream):
     """One peer of the replica daemon."""
 
     def __init__(self, daemon: ReplicaDaemon, sock: socket.socket) -> None:
         self._daemon = daemon
         self._service = daemon.service
         self._replica = daemon.service.replica
-        self._socket: socket.socket | None = sock
-        self._inbox = Inbox()
-        self._outbox = Outbox()
         self._arena = lazy_buffer(ARENA_BYTES)
         self._arena_used = 0
         self._arena_queued = 0
@@ -60,35 +57,12 @@ class ReplicaSession:
         self._hello_uuid = ""
         self._proven = False
         self.fenced = False
-        self._blocked = False
-        daemon.loop.register(sock.fileno(), READ, self._ready)
+        super().__init__(daemon.loop, sock, Inbox(), Outbox())
 
     # ---- socket ---------------------------------------------------------------------------
 
-    def _ready(self, events: int) -> None:
-        sock = self._socket
-        if sock is None:
-            return
-        if self._blocked:
-            if events & HANGUP:
-                self.close("the peer went away")
-                return
-            if not self._outbox.flush(sock.sendmsg):
-                return
-            self._blocked = False
-            self._daemon.loop.modify(sock.fileno(), READ)
-        try:
-            count = self._inbox.receive(sock.recv_into)
-        except OSError as error:
-            self.close(f"connection lost: {error.strerror}")
-            return
-        if count == 0:
-            self.close("the peer closed the connection")
-        elif count > 0:
-            self._received()
-
-    def _received(self) -> None:
-        inbox = self._inbox
+    def received(self) -> None:
+        inbox = self.inbox
         frames: list[wire.Frame] = []
         try:
             start = wire.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, frames)
@@ -108,47 +82,37 @@ class ReplicaSession:
             self.flush()
             self.close(str(error))
             return
-        if self._socket is None:
+        if self.socket is None:
             return
         inbox.take(start)
         if inbox.end > inbox.start:
             inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
         self.flush()
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Send what is answered; while the peer takes nothing more, its requests wait."""
-        sock = self._socket
-        if sock is None:
-            return
         self._queue_arena()
-        try:
-            sent = self._outbox.flush(sock.sendmsg)
-        except OSError as error:
-            self.close(f"connection lost: {error.strerror}")
-            return
+        sent = super().flush()
         if sent:
             self._arena_used = self._arena_queued = 0
-            return
-        self._new_arena()
-        if not self._blocked:
-            self._blocked = True
-            self._daemon.loop.modify(sock.fileno(), WRITE)
+        else:
+            self._new_arena()
+        return sent
+
+    def lost(self, reason: str) -> None:
+        self.close(reason)
 
     def close(self, reason: str) -> None:
         """End the session."""
-        if self._socket is None:
-            return
-        self._daemon.loop.unregister(self._socket.fileno())
-        self._socket.close()
-        self._socket = None
-        self.fenced = False
-        self._daemon.session_closed(self, reason)
+        if self.detach():
+            self.fenced = False
+            self._daemon.session_closed(self, reason)
 
     # ---- answers --------------------------------------------------------------------------
 
     def _queue_arena(self) -> None:
         if self._arena_used > self._arena_queued:
-            self._outbox.queue.append(self._arena[self._arena_queued : self._arena_used])
+            self.outbox.queue.append(self._arena[self._arena_queued : self._arena_used])
             self._arena_queued = self._arena_used
 
     def _new_arena(self) -> None:
@@ -173,7 +137,7 @@ class ReplicaSession:
     def _send(self, message: bytes | memoryview) -> None:
         """An answer that does not come from the arena, in order."""
         self._queue_arena()
-        self._outbox.queue.append(message)
+        self.outbox.queue.append(message)
 
     def _refuse(self, sequence: int, error: BlockdError) -> None:
         payload = wire.json_frame(
@@ -232,7 +196,7 @@ class ReplicaSession:
         for start in range(0, len(frames), ANSWERS_PER_SEND):
             if start:
                 self.flush()
-                if self._socket is None:
+                if self.socket is None:
                     return
             self._part(frames[start : start + ANSWERS_PER_SEND])
 
@@ -337,7 +301,7 @@ class ReplicaSession:
             return self._replica.read_into(first, count, target, layer_id)
 
         def done(used: int, failure: BaseException | None) -> None:
-            if self._socket is None:
+            if self.socket is None:
                 return
             try:
                 if failure is not None or used < 0:
@@ -375,7 +339,7 @@ class ReplicaSession:
             self._refuse(sequence, error)
 
     def _flushed(self, sequence: int, error: BlockdError | None) -> None:
-        if self._socket is None:
+        if self.socket is None:
             return
         if error is None:
             self._answer(wire.FLUSHED, sequence)
@@ -395,7 +359,7 @@ class ReplicaSession:
         target = memoryview(buffer)[wire.HEADER_BYTES :]
 
         def done(used: int, failure: BaseException | None) -> None:
-            if self._socket is None:
+            if self.socket is None:
                 return
             if failure is not None:
                 self._refuse(sequence, as_storage_error(failure))

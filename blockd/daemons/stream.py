@@ -1,0 +1,89 @@
+"""One stream socket of a daemon: readiness to batches in, an outbox out.
+
+The three kinds of connection (NBD client, replica session, member) differ in what a batch means,
+not in how a socket is served. A subclass says what to do with received bytes (`received`) and with
+the end of the stream (`lost`).
+
+Invariants: `flush` keeps order and never blocks; while something is unsent the socket waits for
+EPOLLOUT, and only a stream with `READS_WHILE_BLOCKED` is read meanwhile; after `detach` nothing
+is called any more.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from blockd.loop import HANGUP, READ, WRITE, Loop
+from protocol.streams import Inbox, Outbox
+
+
+class Stream:
+    """A non-blocking connected socket in the loop."""
+
+    READS_WHILE_BLOCKED = False
+
+    def __init__(self, loop: Loop, sock: socket.socket, inbox: Inbox, outbox: Outbox) -> None:
+        self.loop = loop
+        self.inbox = inbox
+        self.outbox = outbox
+        self.socket: socket.socket | None = sock
+        self.blocked = False
+        loop.register(sock.fileno(), READ, self._ready)
+
+    def received(self) -> None:
+        """The inbox has new bytes."""
+        raise NotImplementedError
+
+    def lost(self, reason: str) -> None:
+        """The peer is gone or broken; the subclass must `detach`."""
+        raise NotImplementedError
+
+    def drained(self) -> None:
+        """Everything unsent was sent after a while in which it was not."""
+
+    def _ready(self, events: int) -> None:
+        if self.blocked:
+            if events & HANGUP and not self.READS_WHILE_BLOCKED:
+                self.lost("the peer went away")
+                return
+            if events & WRITE and self.flush():
+                self.drained()
+            if self.blocked and not self.READS_WHILE_BLOCKED:
+                return
+        sock = self.socket
+        if sock is None or not events & (READ | HANGUP):
+            return
+        try:
+            count = self.inbox.receive(sock.recv_into)
+        except OSError as error:
+            self.lost(f"connection lost: {error.strerror}")
+            return
+        if count == 0:
+            self.lost("the peer closed the connection")
+        elif count > 0:
+            self.received()
+
+    def flush(self) -> bool:
+        """Send what the kernel takes; True if nothing is left (or nobody is there to get it)."""
+        sock = self.socket
+        if sock is None:
+            return True
+        try:
+            sent = self.outbox.flush(sock.sendmsg)
+        except OSError as error:
+            self.lost(f"connection lost: {error.strerror}")
+            return True
+        if sent == self.blocked:
+            self.blocked = not sent
+            waiting = READ | WRITE if self.READS_WHILE_BLOCKED else WRITE
+            self.loop.modify(sock.fileno(), READ if sent else waiting)
+        return sent
+
+    def detach(self) -> bool:
+        """Leave the loop and close the socket; False if that was done before."""
+        if self.socket is None:
+            return False
+        self.loop.unregister(self.socket.fileno())
+        self.socket.close()
+        self.socket = None
+        return True
