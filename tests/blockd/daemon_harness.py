@@ -107,48 +107,44 @@ class Daemon:
 
 
 class Cluster:
-    """One volume daemon and its replicas, all on unix sockets."""
+    """One volume daemon and its replicas, all on unix sockets.
 
-    def __init__(self, directory: Path, replicas: int = 3, size: str = "256M") -> None:
+    With `local` the volume daemon serves the only replica itself, from its directory.
+    """
+
+    def __init__(
+        self, directory: Path, replicas: int = 3, size: str = "256M", local: bool = False
+    ) -> None:
         self.directory = directory
         self.nbd = directory / "nbd.sock"
-        self.replicas = [
-            Daemon(
-                f"r{number}",
-                [
-                    "replica",
-                    str(directory / f"replica{number}"),
-                    "--listen",
-                    f"unix:{directory}/r{number}.sock",
-                    "--create",
-                    "--size",
-                    size,
-                ],
-                directory,
-            )
-            for number in range(replicas)
-        ]
-        self.volume = Daemon(
-            "v",
-            [
-                "volume",
-                "vol",
-                *(
-                    word
-                    for number in range(replicas)
-                    for word in ("--replica", f"unix:{directory}/r{number}.sock")
-                ),
-                "--nbd",
-                f"unix:{self.nbd}",
-                "--state",
-                str(directory / "state.db"),
-            ],
-            directory,
-        )
+        self.local = local
+        self.replicas = [self.replica_daemon(number, size) for number in range(replicas)]
+        addresses = [self.replica_address(number) for number in range(replicas)]
+        self.volume = self.volume_daemon(addresses, directory / "state.db")
+
+    def replica_address(self, number: int) -> str:
+        if self.local:
+            return f"dir:{self.directory}/replica{number}"
+        return f"unix:{self.directory}/r{number}.sock"
+
+    def replica_daemon(self, number: int, size: str) -> Daemon:
+        """Replica `number`, made when it starts first."""
+        path, listen = self.directory / f"replica{number}", self.directory / f"r{number}.sock"
+        create = ["--create", "--size", size]
+        words = ["replica", str(path), "--listen", f"unix:{listen}", *create]
+        return Daemon(f"r{number}", words, self.directory)
+
+    def volume_daemon(self, addresses: list[str], state: Path, name: str = "v") -> Daemon:
+        """A volume daemon of these replicas."""
+        replicas = [word for address in addresses for word in ("--replica", address)]
+        words = ["volume", "vol", *replicas, "--nbd", f"unix:{self.nbd}", "--state", str(state)]
+        return Daemon(name, words, self.directory)
 
     def start(self) -> Cluster:
         for replica in self.replicas:
             replica.start()
+            if self.local:
+                replica.end()
         self.volume.start()
         return self
 
@@ -161,7 +157,7 @@ class Cluster:
 
     def member(self, number: int) -> dict[str, Any]:
         """What the volume daemon says of replica `number`."""
-        address = f"unix:{self.directory}/r{number}.sock"
+        address = self.replica_address(number)
         return next(m for m in self.status()["members"] if m["address"] == address)
 
     def rebuild(self, number: int) -> None:
@@ -179,10 +175,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(directory: Path, replicas: int = 3, size: str = "256M") -> Iterator[Cluster]:
+def cluster(
+    directory: Path, replicas: int = 3, size: str = "256M", local: bool = False
+) -> Iterator[Cluster]:
     """A running cluster, ended by pid whatever happens."""
     assert len(str(directory)) < 80, "unix socket paths are short"
-    made = Cluster(directory, replicas, size)
+    made = Cluster(directory, replicas, size, local)
     try:
         yield made.start()
     finally:

@@ -65,6 +65,7 @@ def fio(uri: str, *options: str) -> list[str]:
         f"--uri={uri}",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--group_reporting=1",
         *options,
     ]
