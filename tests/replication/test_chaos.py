@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import BlockdError
 from protocol.units import BLOCK_BYTES, REGION_BYTES
-from replication.authority import IN_SYNC, OUT, SYNCING
+from replication.authority import IN_SYNC, OUT
 from tests.replication.world import VOLUME, World
 
 SIZE_BYTES = 2 * REGION_BYTES
@@ -53,11 +53,7 @@ class Chaos:
 
     def reconnect(self) -> None:
         for uuid in self.world.replicas:
-            link = self.world.link(uuid)
-            leaving = any(other.leaving for other in self.world.engine.links.values())
-            # test_rebuild.py has the first case, test_engine_writes.py the second one.
-            if link.state != SYNCING and not (link.state == IN_SYNC and leaving):
-                self.world.reconnect(uuid, wait=False)
+            self.world.reconnect(uuid, wait=False)
 
     def rebuild(self) -> None:
         for uuid in self.world.replicas:
