@@ -94,7 +94,7 @@ def test_reads_go_on_while_answers_are_held() -> None:
 
 def test_a_change_by_somebody_else_is_merged_with_ours() -> None:
     world = World(3)
-    world.authority.edit(lambda record: replace(record, config_seq=record.config_seq + 7))
+    world.authority.edit(VOLUME, lambda record: replace(record, config_seq=record.config_seq + 7))
     world.lose("r2")
     write = world.write(0, BLOCK)
     world.settle()
@@ -106,7 +106,7 @@ def test_a_change_by_somebody_else_is_merged_with_ours() -> None:
 
 def test_a_record_with_another_epoch_fences_this_owner_which_answers_nothing_more() -> None:
     world = World(2)
-    world.authority.edit(lambda record: replace(record, epoch=record.epoch + 1))
+    world.authority.edit(VOLUME, lambda record: replace(record, epoch=record.epoch + 1))
     write = world.write(0, BLOCK)
     world.lose("r1")
     world.settle()

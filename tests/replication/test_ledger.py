@@ -82,7 +82,7 @@ def test_a_lost_race_is_run_again_on_what_the_winner_wrote() -> None:
         nonlocal races
         if races:
             races -= 1
-            world.authority.edit(lambda theirs: replace(theirs, next_layer_id=99))
+            world.authority.edit(VOLUME, lambda theirs: replace(theirs, next_layer_id=99))
         return grow(record)
 
     outcome: list[BlockdError | None] = []
@@ -95,7 +95,7 @@ def test_a_lost_race_is_run_again_on_what_the_winner_wrote() -> None:
 
 def test_nothing_is_done_after_another_owner_was_seen() -> None:
     world = World(1)
-    world.authority.edit(lambda record: replace(record, epoch=9))
+    world.authority.edit(VOLUME, lambda record: replace(record, epoch=9))
     outcome: list[BlockdError | None] = []
     world.ledger.change(grow, outcome.append)
     world.settle()
@@ -111,7 +111,7 @@ def test_the_authority_away_during_a_lost_race_is_only_a_delay() -> None:
     world = World(1)
     outcome: list[BlockdError | None] = []
     load = world.authority.load
-    world.authority.edit(grow)
+    world.authority.edit(VOLUME, grow)
 
     def away_once(volume_uuid: str) -> Record | None:
         world.authority.load = load  # type: ignore[method-assign]
