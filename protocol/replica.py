@@ -53,6 +53,14 @@ CONTROL, LAYER_READ, LAYER_WRITE = 32, 33, 34
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
 ANSWER, LAYER_DATA, REFUSED = 132, 133, 134
 
+ANSWERS = {  # of the requests that are answered one by one
+    FLUSH: FLUSHED,
+    EXTENTS: EXTENT_LIST,
+    CONTROL: ANSWER,
+    LAYER_READ: LAYER_DATA,
+    LAYER_WRITE: ANSWER,
+}
+
 KEEP_ALLOCATED = 1  # flag of ZERO: the range must stay allocated (NBD NO_HOLE)
 
 Frame = tuple[int, int, int, int, int, int, memoryview | None]

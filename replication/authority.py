@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -129,6 +130,7 @@ class SqliteAuthority:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._call(_use_wal)
         self._call(
             lambda db: db.execute(
                 "CREATE TABLE IF NOT EXISTS authority (volume_uuid TEXT PRIMARY KEY,"
@@ -205,7 +207,6 @@ class SqliteAuthority:
         """Run `work` in one transaction on a connection of its own (threads call this)."""
         try:
             with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS)) as db:
-                db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 with db:
                     return work(db)
@@ -214,6 +215,19 @@ class SqliteAuthority:
                 f"the volume records in {self.path} cannot be used: {error}; "
                 "check the file, its directory and the free space"
             ) from None
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch the file to WAL; SQLite's busy timeout does not cover this one statement."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _encode(record: Record) -> str:

@@ -252,6 +252,7 @@ class Engine:
             # Never retried and believed: the member goes OUT, which ends its part of the flush;
             # the last one cannot go OUT, so its failure is the answer.
             if link.connected:
+                link.distrusted = True
                 self.fail(link, f"flush failed: {error}")
             return
         flush.waiting.discard(link)
@@ -281,7 +282,7 @@ class Engine:
             reply(0, None, PeerError(f"replica {link.replica_uuid} is not connected"))
             return
         self.sequence += 1
-        link.calls[self.sequence] = reply
+        link.calls[self.sequence] = (wire.ANSWERS[operation], reply)
         if content is not None:
             link.queue.append(wire.json_frame(operation, self.sequence, content))
             return
@@ -317,22 +318,33 @@ class Engine:
             elif operation == wire.REFUSED:
                 self._refused(link, sequence, argument, payload)
             else:
-                self._replied(link, sequence, argument, payload)
+                self._replied(link, operation, sequence, argument, payload)
         self.advance()
 
     def _replied(
-        self, link: Link, sequence: int, argument: int, payload: memoryview | None
+        self,
+        link: Link,
+        operation: int,
+        sequence: int,
+        argument: int,
+        payload: memoryview | None,
     ) -> None:
-        reply = link.calls.get(sequence)
-        if reply is None:
-            raise wire.WireError(f"an answer to nothing asked (sequence {sequence})")
+        call = link.calls.pop(sequence, None)
+        if call is None or call[0] != operation:
+            if call is not None:
+                link.calls[sequence] = call
+            raise wire.WireError(f"answer {operation} to something else (sequence {sequence})")
+        reply = call[1]
         try:
             reply(argument, payload, None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            # The asker found another content than it asked for: the peer's fault. The call stays
-            # open and fails with the link.
-            raise wire.WireError(f"an answer that makes no sense: {error!r}") from error
-        link.calls.pop(sequence, None)
+        except (wire.WireError, KeyError, TypeError, ValueError, AttributeError) as error:
+            # The asker found another content than it asked for: the peer's fault. The call fails
+            # with the link.
+            nonsense = wire.WireError(f"an answer that makes no sense: {error!r}")
+            if link.connected:
+                link.calls[sequence] = call
+                raise nonsense from error
+            reply(0, None, nonsense)
 
     def _read_done(
         self, link: Link, request: ReadRequest, sequence: int, length: int, payload: memoryview
@@ -373,11 +385,11 @@ class Engine:
             link.errors += 1
             self._read_elsewhere(link, request)
             return
-        reply = link.calls.pop(sequence, None)
-        if reply is not None:
+        call = link.calls.pop(sequence, None)
+        if call is not None:
             error = from_code(str(content.get("code")), str(content.get("message")))
             error.errno = code or errno.EIO
-            reply(0, None, error)
+            call[1](0, None, error)
             return
         link.errors += 1
         link.refused[sequence] = code or errno.EIO
@@ -455,6 +467,8 @@ class Engine:
 
     def fail_all(self, code: int) -> None:
         """The last copy is gone: answer everything outstanding with `code`."""
+        self.targets, self._queues = [], []
+        self.set_readers([])
         pending = list(self.pending)
         self.pending.clear()
         for _, client, cookie, _ in pending:

@@ -34,6 +34,7 @@ class Link:
         "applied",
         "calls",
         "connected",
+        "distrusted",
         "errors",
         "failure",
         "hello",
@@ -57,6 +58,7 @@ class Link:
         self.state = state
         self.connected = False
         self.failure: str | None = None
+        self.distrusted = False  # it failed to make data durable once
         self.leaving = False  # its change to OUT is on the way to the record
         self.hello: dict[str, Any] = {}
         self.outbox = Outbox()
@@ -65,7 +67,7 @@ class Link:
         self.applied = 0
         self.refused: dict[int, int] = {}
         self.reads: dict[int, ReadRequest] = {}
-        self.calls: dict[int, Reply] = {}
+        self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
         self.progress_at = 0.0
         self.rebuild_fraction: float | None = None
         self.reads_total = 0
@@ -75,5 +77,5 @@ class Link:
     def fail_calls(self, error: BlockdError) -> None:
         """Answer every outstanding call with `error`."""
         calls, self.calls = self.calls, {}
-        for reply in calls.values():
+        for _, reply in calls.values():
             reply(0, None, error)

@@ -50,7 +50,7 @@ def _others_in_sync(engine: Engine, link: Link) -> bool:
 
 def _lose_last(engine: Engine) -> None:
     """No copy is left that may answer: fail what is under way, drop unfinished rebuilds."""
-    syncing = [link for link in engine.targets if link.state != IN_SYNC]
+    syncing = [link for link in engine.targets if link.state not in (IN_SYNC, OUT)]
     engine.fail_all(errno.EIO)
     engine.set_members([], [])
     for link in syncing:

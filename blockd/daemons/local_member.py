@@ -121,6 +121,8 @@ class LocalMember:
                         operation, length, offset, sequence, argument, content, answers, parts
                     )
             except BlockdError as error:
+                if operation in (wire.WRITE, wire.ZERO):
+                    self._service.refused()
                 answers.append(_refused(sequence, error))
         if applied:
             self._service.position = (self._service.epoch, applied)

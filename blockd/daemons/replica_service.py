@@ -9,6 +9,7 @@ control requests and does the background work.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,28 @@ from blockd.daemons import process
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
+from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 
 MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
+
+
+class _Flush:
+    """One flush in a thread, and who waits for it."""
+
+    def __init__(self, job: FlushJob, waiting: list[Callable[[BlockdError | None], None]]) -> None:
+        self.job = job
+        self.waiting = waiting
+        self.failure: BaseException | None = None
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.job.run()
+        except BaseException as error:  # judged in the loop
+            self.failure = error
+        finally:
+            self.ended.set()
 
 
 class ReplicaService:
@@ -35,8 +55,9 @@ class ReplicaService:
         self.clean_start = not replica.recovered_zones
         self._incarnation = os.urandom(8).hex()
         self._boot_id = process.boot_id()
+        self._refused = ""  # set when a write was not applied: our place in the order means nothing
         self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
-        self._flushing = False
+        self._flushing: _Flush | None = None
         self._maintaining = False
         self._folding_paused_by: set[object] = set()
 
@@ -57,7 +78,7 @@ class ReplicaService:
             "clean_start": self.clean_start,
             "incarnation": self._incarnation,
             "boot_id": self._boot_id,
-            "position": list(self.position),
+            "position": [*self.position, self._refused],
             "head_id": metadata.head_id,
             "layers": [describe_layer(info) for info in self.replica.tree()],
         }
@@ -90,6 +111,10 @@ class ReplicaService:
                 f"to {asked}; use the right state file or another directory"
             )
 
+    def refused(self) -> None:
+        """A write was refused: this replica is not comparable until it was filled anew."""
+        self._refused = self._incarnation
+
     def released(self, user: object) -> None:
         """A session ended: what it had paused goes on."""
         self._folding_paused_by.discard(user)
@@ -104,25 +129,32 @@ class ReplicaService:
     def _next_flush(self) -> None:
         waiting, self._flush_waiting = self._flush_waiting, []
         try:
-            job = self.replica.flush_begin()
+            flush = _Flush(self.replica.flush_begin(), waiting)
         except BlockdError as error:
             for done in waiting:
                 done(error)
             return
-        self._flushing = True
+        self._flushing = flush
+        self.loop.in_thread(flush.run, lambda result, failure: self._end_flush(flush))
 
-        def ended(result: Any, failure: BaseException | None) -> None:
-            self._flushing = False
-            self.replica.flush_end(job)
-            error = as_storage_error(failure) if failure is not None else None
-            if error is not None:
-                process.log(str(error))
-            for done in waiting:
-                done(error)
-            if self._flush_waiting:
-                self._next_flush()
+    def _end_flush(self, flush: _Flush) -> None:
+        if self._flushing is not flush:
+            return  # somebody waited for it
+        self._flushing = None
+        self.replica.flush_end(flush.job)
+        error = as_storage_error(flush.failure) if flush.failure is not None else None
+        if error is not None:
+            process.log(str(error))
+        for done in flush.waiting:
+            done(error)
+        if self._flush_waiting:
+            self._next_flush()
 
-        self.loop.in_thread(job.run, ended)
+    def _wait_for_flush(self) -> None:
+        """Block until no flush runs; for the rare request that excludes one."""
+        while (flush := self._flushing) is not None:
+            flush.ended.wait()
+            self._end_flush(flush)
 
     def control(self, content: dict[str, Any], user: object) -> dict[str, Any]:
         """A CONTROL request of the fenced owner."""
@@ -162,6 +194,7 @@ class ReplicaService:
                 self._folding_paused_by.discard(user)
                 self.worked()
         elif what == "begin_sync":
+            self._wait_for_flush()
             replica.begin_sync(
                 list(content["layers"]),
                 int(content["head_id"]),
@@ -171,6 +204,7 @@ class ReplicaService:
             )
         elif what == "end_sync":
             replica.end_sync()
+            self._refused = ""
         else:
             raise RequestError(f"unknown control request {what!r}")
         return {}

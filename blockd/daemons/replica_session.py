@@ -255,6 +255,7 @@ class ReplicaSession(Stream):
         try:
             self._replica.write(offset // BLOCK_BYTES, count, data, checksums)
         except BlockdError as error:
+            self._service.refused()
             self._refuse(sequence, error)
 
     def _zero(self, flags: int, length: int, offset: int, sequence: int) -> None:
@@ -267,6 +268,7 @@ class ReplicaSession(Stream):
                 keep_allocated=bool(flags & wire.KEEP_ALLOCATED),
             )
         except BlockdError as error:
+            self._service.refused()
             self._refuse(sequence, error)
 
     def _read(self, length: int, offset: int, sequence: int, layer_id: int) -> None:

@@ -253,6 +253,13 @@ class VolumeDaemon:
             session.socket.close()
             return
         boot_id = str(session.hello["boot_id"])
+        if member.state == IN_SYNC and old.distrusted:
+            old.failure = (
+                "its disk failed to make data durable and no other replica is in sync; check the "
+                "disk, then detach the volume and attach it again to go on from what is there"
+            )
+            session.socket.close()
+            return
         if member.state == IN_SYNC and boot_id != self._boot_ids.get(replica_uuid):
             old.failure = (
                 "its host was restarted and may have lost writes that were not flushed; "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons import process
+from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX
@@ -146,7 +146,7 @@ class VolumeCommands:
     # ---- members --------------------------------------------------------------------------
 
     def _member_add(self, request: dict[str, Any], answer: Answer) -> None:
-        replica_uuid, address = str(request["replica_uuid"]), str(request["address"])
+        replica_uuid, address = str(request["replica_uuid"]), _address(request)
         engine = self._engine
 
         def change(record: Record) -> Record:
@@ -197,7 +197,7 @@ class VolumeCommands:
         engine.ledger.change(change, done)
 
     def _member_address(self, request: dict[str, Any], answer: Answer) -> None:
-        link, address = self._link(request), str(request["address"])
+        link, address = self._link(request), _address(request)
 
         def change(record: Record) -> Record:
             member = replace(record.members[link.replica_uuid], address=address)
@@ -231,6 +231,14 @@ class VolumeCommands:
                 f"{self._engine.record.volume_name}; `blockd replica ls` shows the members"
             )
         return link
+
+
+def _address(request: dict[str, Any]) -> str:
+    """The address of a replica, or RequestError: the record must never hold an unusable one."""
+    address = str(request["address"])
+    if not address.startswith("dir:"):
+        addresses.parse(address)
+    return address
 
 
 def _member(replica_uuid: str, member: Member, link: Link | None) -> dict[str, Any]:

@@ -227,10 +227,6 @@ def test_a_snapshot_refused_by_all_in_sync_does_not_cost_the_volume_during_a_reb
     assert write.error == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_replied leaves the call on the link while its reply runs: fail() answers it again",
-)
 def test_a_refused_snapshot_ends_once_when_a_member_being_rebuilt_made_it() -> None:
     world = World(2)
     rebuilding(world)
