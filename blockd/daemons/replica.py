@@ -22,6 +22,7 @@ from protocol.units import parse_size
 from snapshots.replica import Replica
 
 SESSIONS_MAX = 16  # one serves; others are introductions under way
+PROOF_SECONDS_MAX = 10.0  # for showing the key; below what an opening owner waits for a replica
 
 
 class ReplicaDaemon:
@@ -48,7 +49,9 @@ class ReplicaDaemon:
             return
         sock.setblocking(False)
         addresses.tune(sock)
-        self._sessions.add(ReplicaSession(self, sock))
+        session = ReplicaSession(self, sock)
+        self._sessions.add(session)
+        self.loop.later(PROOF_SECONDS_MAX, session.expire)
 
     def session_closed(self, session: ReplicaSession, reason: str) -> None:
         """Forget a session."""

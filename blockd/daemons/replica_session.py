@@ -102,6 +102,11 @@ class ReplicaSession(Stream):
     def lost(self, reason: str) -> None:
         self.close(reason)
 
+    def expire(self) -> None:
+        """The time to show the key is over: a silent peer must not keep a place."""
+        if not self._proven:
+            self.close("the peer did not show the key in time")
+
     def close(self, reason: str) -> None:
         """End the session."""
         if self.detach():
