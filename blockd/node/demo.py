@@ -148,10 +148,11 @@ def _stop_volume(
         )
         say(f"volume {name} is detached")
     context.supervisor.stop(context.volume_daemon(volume, []))
-    replicas = context.replicas_of(name)
-    for replica in replicas:
-        context.supervisor.stop(context.replica_daemon(volume, replica))
-    say(f"volume {name}: volume daemon and {len(replicas)} replica daemons stopped")
+    daemons = [context.replica_daemon(volume, item) for item in context.replicas_of(name)]
+    running = [daemon for daemon in daemons if context.supervisor.pid(daemon) is not None]
+    for daemon in running:
+        context.supervisor.stop(daemon)
+    say(f"volume {name}: volume daemon and {len(running)} replica daemons stopped")
 
 
 def _patiently(act: Callable[[], object], stop: threading.Event) -> None:

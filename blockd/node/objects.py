@@ -131,8 +131,10 @@ class ReplicaSpec(msgspec.Struct):
 class ReplicaStatus(msgspec.Struct):
     """What a replica is.
 
-    `provisioned`: its directory was made once, so a missing directory is a loss and never a
-    reason to make a blank one. `failed_since` and `out_since` are ISO times.
+    `state`: "running" if it can be used (its daemon runs, or the volume daemon has its directory
+    or can open it), "failed" if not. `provisioned`: its directory was made once, so a missing
+    directory is a loss and never a reason to make a blank one. `failed_since` and `out_since` are
+    ISO times.
     """
 
     state: str = "new"

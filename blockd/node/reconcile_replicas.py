@@ -1,5 +1,7 @@
 """Replicas: as many objects as the volume wants, a daemon for each, their directories.
 
+A volume's only replica has no daemon: the volume daemon opens it itself (local_replicas.py).
+
 A replica directory is made blank exactly once, before the volume is established. Later a missing
 or unreadable directory is a failed replica and never a reason to make a blank one under the same
 id: the authority may still count it as a good copy.
@@ -15,6 +17,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blockd.node import control, local_replicas
 from blockd.node.context import Context, log, replica_address
 from blockd.node.control import Answer
 from blockd.node.home import private_directory
@@ -34,16 +37,61 @@ class ReplicaReconciler:
         """Make what is missing and see that each daemon runs; all replicas as they are then."""
         self._fill_up(volume, record)
         replicas = self._context.replicas_of(volume.metadata.name)
+        local = self._local(volume, replicas)
         launched: dict[str, BlockdError | None] = {}
         for replica in replicas:  # all start at the same time, then all are waited for
-            if replica.metadata.deleted is None:
+            if replica.metadata.deleted is None and replica.metadata.name not in local:
                 launched[replica.metadata.name] = self._launch(volume, replica)
         return [
             self._await(volume, replica, launched[replica.metadata.name])
             if replica.metadata.name in launched
+            else self._look_at_local(volume, replica, record)
+            if replica.metadata.name in local and replica.metadata.deleted is None
             else replica
             for replica in replicas
         ]
+
+    def _local(self, volume: Volume, replicas: list[Replica]) -> set[str]:
+        """The replicas without a daemon: chosen anew only while no volume daemon runs."""
+        if self._context.supervisor.pid(self._context.volume_daemon(volume, [])) is not None:
+            return {item.metadata.name for item in replicas if local_replicas.is_local(item)}
+        here = [item for item in replicas if item.spec.node == self._context.node_name]
+        return {item.metadata.name for item in here} if len(replicas) == 1 else set()
+
+    def _look_at_local(self, volume: Volume, replica: Replica, record: Record | None) -> Replica:
+        """See that the directory is there and free for the volume daemon, or open in it."""
+        context, name = self._context, replica.metadata.name
+        address = local_replicas.local_address(replica)
+        member = None
+        try:
+            private_directory(context.home.replicas_directory(volume.metadata.name))
+            daemon = context.volume_daemon(volume, [])
+            if context.supervisor.pid(daemon) is None:
+                own = context.replica_daemon(volume, replica)
+                context.supervisor.stop(own)
+                context.supervisor.forget(own)
+                local_replicas.make_directory(volume, replica, record)
+                local_replicas.check_directory(replica)
+            elif daemon.control.exists():  # else it is opening the volume right now
+                member = local_replicas.member_of(replica, control.status(daemon.control))
+        except PeerError:
+            return replica  # the volume daemon ended or hangs; the pass finds that out next
+        except BlockdError as error:
+            failure = error
+            if replica.status.message != str(error):
+                log.warning("volume %s: %s", volume.metadata.name, error)
+            return modify_status(
+                context.store,
+                Replica,
+                name,
+                lambda r: local_replicas.note_unusable(r.status, address, failure),
+            )
+        return modify_status(
+            context.store,
+            Replica,
+            name,
+            lambda r: local_replicas.note_usable(r.status, address, r.spec.path, member),
+        )
 
     def destroy(self, volume: Volume, replica: Replica) -> None:
         """Stop the daemon, remove the directory, let the object go."""

@@ -40,14 +40,16 @@ class SnapshotReconciler:
         """Make and remove what waits, and take over what the daemon has beyond that."""
         name = volume.metadata.name
         there = _by_name(control.status(daemon.control))
-        for item in self._context.snapshots_of(name):
+        items = self._context.snapshots_of(name)
+        known = {item.spec.name for item in items}
+        for left in there.values():
+            if left["name"] not in known:
+                self._take_over(volume, left)
+        for item in items:
             if item.metadata.deleted is not None:
                 self._remove(item, there, daemon)
             elif _waits(item):
                 self._make(item, there.get(item.spec.name), daemon, volume)
-            there.pop(item.spec.name, None)
-        for left in there.values():
-            self._take_over(volume, left)
 
     def forget_all(self, volume: str) -> None:
         """The volume goes, and its layers with it."""

@@ -216,6 +216,8 @@ class Supervisor:
             )
         finally:
             os.close(fd)
+        # The daemon does the same once it serves; until then a new node service finds it by this.
+        spec.pid_file.write_text(f"{child.pid}\n")
         self._ended.pop(spec.key, None)
         self._track(spec, child.pid, child)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from blockd.node import control
+from blockd.node import control, local_replicas
 from blockd.node.context import Context
 from blockd.node.control import Answer
 from blockd.node.objects import Mount, Replica, Snapshot, Volume
@@ -19,7 +19,10 @@ STATUS_SECONDS = 1.0  # a person waits for this answer; an older state is better
 
 
 class ReplicaView(msgspec.Struct):
-    """One copy. `state` is the member state, or NEW before it is a member."""
+    """One copy. `state` is the member state, or NEW before it is a member.
+
+    `address` is `dir:PATH` and `pid` the volume daemon's for a copy that the volume daemon opens.
+    """
 
     id: str
     state: str
@@ -136,13 +139,17 @@ def replica_view(item: Replica, record: Record | None, answer: Answer | None) ->
     state = said.get("state") or (member.state if member else "NEW")
     if state == IN_SYNC and not said and item.status.state == "failed":
         state = OUT  # the volume daemon will find that out; a person should not have to
-    alive = item.status.pid is not None and _is_alive(item.status.pid)
+    pid = item.status.pid
+    if local_replicas.is_local(item):
+        pid = int(answer["pid"]) if answer and said.get("connected") else None
+    elif pid is not None and not _is_alive(pid):
+        pid = None
     return ReplicaView(
         id=uid,
         state=state,
         address=item.status.address,
         path=item.spec.path,
-        pid=item.status.pid if alive else None,
+        pid=pid,
         connected=bool(said.get("connected", False)),
         rebuild_fraction=said.get("rebuild_fraction"),
         allocated_bytes=item.status.allocated_bytes,

@@ -270,7 +270,7 @@ def test_a_pid_file_of_another_process_is_not_believed(
 
 def test_the_program_leaves_volumes_running_when_killed_or_told_to_end(tmp_path: Path) -> None:
     harness = NodeHarness(tmp_path / "home")
-    before = harness.create("data")
+    before = harness.create("data", replicas=2)
     view = harness.attach("data")
     harness.service.close()
     try:
@@ -288,5 +288,6 @@ def test_the_program_leaves_volumes_running_when_killed_or_told_to_end(tmp_path:
     finally:
         harness.service = harness._started()
     until(lambda: harness.view("data").pid == view.pid, "the same volume daemon serves")
-    assert harness.view("data").replicas[0].pid == before.replicas[0].pid
+    pids = {replica.id: replica.pid for replica in before.replicas}
+    assert {item.id: item.pid for item in harness.view("data").replicas} == pids
     harness.close()

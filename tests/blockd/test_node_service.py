@@ -261,7 +261,6 @@ def test_a_volume_daemon_in_trouble_says_so_and_recovers(node: NodeHarness) -> N
     replica = view.replicas[0]
     moved = Path(replica.path).with_suffix(".away")
     Path(replica.path).rename(moved)
-    os.kill(replica.pid or 0, signal.SIGKILL)
     os.kill(view.pid or 0, signal.SIGKILL)
     until(lambda: node.view("data").health == "faulted", "faulted")
     moved.rename(replica.path)
