@@ -32,6 +32,10 @@ class ControlServer:
         self._loop = loop
         self._commands = commands
         self._connections: set[_Connection] = set()
+        if not address.startswith("unix:"):
+            raise RequestError(
+                f"control address {address!r} is not unix:PATH; it must be private to its owner"
+            )
         mask = os.umask(0o177)
         try:
             self._socket, self.address = addresses.listen(address)

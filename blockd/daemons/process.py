@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from blockd.loop import Loop
-from protocol.errors import BlockdError, RequestError
+from protocol.errors import BlockdError, RequestError, StorageError
 
 KEY_BYTES_MAX = 4096  # a key file larger than this is some other file
 
@@ -80,8 +80,11 @@ def on_signals(loop: Loop, stop: Callable[[], None]) -> None:
 def write_pid_file(path: str | None) -> None:
     """Leave our pid where the caller asked for it."""
     if path is not None:
-        with open(path, "w") as file:
-            file.write(f"{os.getpid()}\n")
+        try:
+            with open(path, "w") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            raise StorageError(f"cannot write the process id to {path}: {error.strerror}") from None
 
 
 def run(work: Callable[[], int]) -> int:

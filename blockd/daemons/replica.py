@@ -17,11 +17,12 @@ from blockd.daemons.control import Answer, ControlServer
 from blockd.daemons.replica_service import ReplicaService, describe_layer
 from blockd.daemons.replica_session import ReplicaSession
 from blockd.loop import READ, Loop
-from protocol.errors import BlockdError, ConflictError, RequestError
+from protocol.errors import BlockdError, ConflictError, NotFoundError, RequestError
 from protocol.units import parse_size
 from snapshots.replica import Replica
 
 SESSIONS_MAX = 16  # one serves; others are introductions under way
+DISK_FAILED = "its disk failed to make data durable; check the disk, then restart the daemon"
 PROOF_SECONDS_MAX = 10.0  # for showing the key; below what an opening owner waits for a replica
 
 
@@ -96,7 +97,7 @@ class ReplicaDaemon:
                     "writes": service.writes,
                     "flushes": service.flushes,
                 },
-                "failed": replica.failed,
+                "failed": DISK_FAILED if replica.failed else None,
             }
         )
 
@@ -156,6 +157,21 @@ def create_if_missing(options: argparse.Namespace) -> None:
         )
 
 
+def check_identity(options: argparse.Namespace, replica: Replica) -> None:
+    """ConflictError unless the directory holds the replica that the command line describes."""
+    found = replica.metadata
+    size_bytes = parse_size(options.size) if options.size else 0
+    for what, wanted, is_now in (
+        ("replica", options.replica_uuid, found.replica_uuid),
+        ("a replica of volume", options.volume_uuid, found.volume_uuid),
+        ("a replica of size", size_bytes, found.size_bytes),
+    ):
+        if wanted and is_now and wanted != is_now:
+            raise ConflictError(
+                f"{options.directory} holds {what} {is_now}, not {wanted}; use its own directory"
+            )
+
+
 def main(arguments: list[str]) -> int:
     """Run the daemon until it is told to stop."""
     options = parser().parse_args(arguments)
@@ -163,14 +179,17 @@ def main(arguments: list[str]) -> int:
     def serve() -> int:
         key = process.read_key(options.key_file)
         create_if_missing(options)
-        replica = Replica.open(options.directory)
-        wanted = options.replica_uuid
-        if wanted and replica.metadata.replica_uuid != wanted:
-            found = replica.metadata.replica_uuid
-            replica.close()
-            raise ConflictError(
-                f"{options.directory} holds replica {found}, not {wanted}; use its own directory"
+        if not os.path.exists(options.directory):
+            raise NotFoundError(
+                f"replica directory {options.directory} does not exist; check the path, or make "
+                "it with --create --size"
             )
+        replica = Replica.open(options.directory)
+        try:
+            check_identity(options, replica)
+        except BlockdError:
+            replica.close()
+            raise
         loop = Loop()
         try:
             daemon = ReplicaDaemon(loop, replica, options.listen, key)
