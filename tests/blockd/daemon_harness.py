@@ -34,14 +34,20 @@ class Daemon:
     def __init__(self, name: str, arguments: list[str], directory: Path) -> None:
         self.control = directory / f"{name}.ctl"
         self.log = directory / f"{name}.log"
-        self.arguments = [*arguments, "--control", f"unix:{self.control}"]
+        self.arguments = arguments
+        if "--control" not in arguments:
+            self.arguments = [arguments[0], "--control", f"unix:{self.control}", *arguments[1:]]
         self.process: subprocess.Popen[str] | None = None
+
+    def command(self) -> list[str]:
+        """The whole command line."""
+        return [sys.executable, "-m", "blockd", "daemon", *self.arguments]
 
     def start(self) -> Daemon:
         """Start it and wait for its ready line."""
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "blockd", "daemon", *self.arguments],
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -55,7 +61,7 @@ class Daemon:
     def refused(self) -> tuple[int, str]:
         """Start it where it must not come up: its exit code and its one line on stderr."""
         done = subprocess.run(
-            [sys.executable, "-m", "blockd", "daemon", *self.arguments],
+            self.command(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
