@@ -344,6 +344,8 @@ class Options:
         self.control: str | None = arguments.control
         self.block_size: int = arguments.block_size
         self.pid_file: str | None = arguments.pid_file
+        if len(set(self.replicas)) < len(self.replicas):
+            raise RequestError("a replica is named twice; every copy needs an address of its own")
         if not self.nbd and not self.control:
             raise RequestError("nobody could reach the volume; give --nbd or --control")
         if self.volume_uuid:
