@@ -24,7 +24,7 @@ from blockd.client import WAIT_SECONDS, Client, Json
 from protocol.errors import DeadlineError, DegradedError
 
 REBUILD_SECONDS = 86_400.0  # 8 TiB at 100 MB/s, the largest volume over a 1 Gbit/s network
-START_SECONDS = 30.0  # a rebuild that shows no sign of life by then has not started
+START_SECONDS = 30.0  # a rebuild whose turn it is and that shows no sign of life by then failed
 POLL_SECONDS = 0.3  # a person sees it as continuous; each poll costs one status
 
 
@@ -159,14 +159,15 @@ def _follow(
     volume: str,
     targets: set[str],
     timeout: float,
-    report: Callable[[float], None],
+    report: Callable[[float, str], None],
 ) -> Json:
     """Watch until all `targets` are in sync; return the volume then.
 
-    A target that was SYNCING and is OUT again, or that is still OUT after START_SECONDS, has
-    failed: DegradedError.
+    One replica of a volume is rebuilt at a time, so a target may wait for others. One that was
+    SYNCING and is OUT again, or that is still OUT after START_SECONDS in which no replica of the
+    volume was rebuilt, has failed: DegradedError.
     """
-    begin = time.monotonic()
+    begin = turn_began = time.monotonic()
     seen_syncing: set[str] = set()
     while True:
         view = client.volume(volume)
@@ -174,14 +175,18 @@ def _follow(
         states = {target: replicas.get(target, {}).get("state") for target in targets}
         left = {target for target, state in states.items() if state != "IN_SYNC"}
         if not left:
-            report(1.0)
+            report(1.0, "")
             return view
-        seen_syncing |= {target for target in left if states[target] == "SYNCING"}
-        passed = time.monotonic() - begin
+        syncing = [uid for uid, replica in replicas.items() if replica["state"] == "SYNCING"]
+        seen_syncing |= left.intersection(syncing)
+        now = time.monotonic()
+        if syncing:
+            turn_began = now
+        passed = now - begin
         for target in left:
             gone = target not in replicas
             lost = states[target] == "OUT" and target in seen_syncing
-            never = target not in seen_syncing and passed > START_SECONDS
+            never = target not in seen_syncing and now - turn_began > START_SECONDS
             if gone or lost or never:
                 what = "ended: it is gone" if gone else "stopped" if lost else "did not start"
                 raise DegradedError(_failure_text(view, target, what))
@@ -191,8 +196,16 @@ def _follow(
                 f"see `blockd replica ls {volume}`"
             )
         fractions = [replicas[target].get("rebuild_fraction") or 0.0 for target in left]
-        report((sum(fractions) + len(targets) - len(left)) / len(targets))
+        done = (sum(fractions) + len(targets) - len(left)) / len(targets)
+        report(done, turn_text(syncing, left))
         time.sleep(POLL_SECONDS)
+
+
+def turn_text(syncing: list[str], left: set[str]) -> str:
+    """Whose turn it is: the replica being rebuilt, and how many wait for it."""
+    count = len(left.difference(syncing))
+    waits = f"{count} wait{'s' if count == 1 else ''}" if count else ""
+    return ", ".join(filter(None, [" ".join(uid[:8] for uid in syncing), waits]))
 
 
 def _failure_text(view: Json, target: str, what: str) -> str:
@@ -208,14 +221,16 @@ def _failure_text(view: Json, target: str, what: str) -> str:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[float], None]]:
-    """A progress bar on a terminal; gives the function that takes the share done."""
+def _progress(what: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on a terminal; gives the function that takes the share done and a note."""
     if not sys.stderr.isatty():
-        yield lambda fraction: None
+        yield lambda fraction, note: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=1.0)
-        yield lambda fraction: progress.update(task, completed=fraction)
+        yield lambda fraction, note: progress.update(
+            task, completed=fraction, description=f"{what} {note}".rstrip()
+        )

@@ -22,6 +22,12 @@ class VolumeBody(msgspec.Struct, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
 
 
+class VolumeChangeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What can be changed of a volume."""
+
+    rebuild_wait_seconds: float
+
+
 class AttachBody(msgspec.Struct, forbid_unknown_fields=True):
     """How to attach."""
 

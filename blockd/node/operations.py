@@ -92,6 +92,18 @@ class Operations:
                 raise
         return self.volume(name)
 
+    def change(self, name: str, rebuild_wait_seconds: float) -> VolumeView:
+        """Change how long a lost replica may stay away before it is rebuilt."""
+        self._volume(name)
+        _check_range("rebuild wait", rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
+        modify(
+            self._store,
+            Volume,
+            name,
+            lambda v: setattr(v.spec, "rebuild_wait_seconds", rebuild_wait_seconds),
+        )
+        return self.volume(name)
+
     def remove(self, name: str, force: bool, wait_seconds: float) -> None:
         """Remove a volume with all its data."""
         volume = self._volume(name)

@@ -174,8 +174,8 @@ class MemberReconciler:
                 if busy:
                     message = f"its rebuild waits for the end of that of {busy[0]}"
                 else:
-                    message = self._rebuild(volume.metadata.name, uid, daemon)
-                    since, began = utc_now(), message is None
+                    since, message = self._rebuild(volume.metadata.name, replica, daemon)
+                    began = message is None
 
         def note(item: Replica) -> None:
             item.status.out_since, item.status.message = since, message
@@ -184,15 +184,22 @@ class MemberReconciler:
         modify_status(self._context.store, Replica, uid, note)
         return began
 
-    def _rebuild(self, name: str, uid: str, daemon: DaemonSpec) -> str | None:
-        """Start a rebuild; why that did not work, None if it did."""
+    def _rebuild(self, name: str, replica: Replica, daemon: DaemonSpec) -> tuple[str, str | None]:
+        """Start a rebuild. Since when it counts as waited for, and why it did not start.
+
+        What waiting helps against (a snapshot being made, a daemon that is not connected yet)
+        keeps it due; after anything else, the volume's wait begins anew.
+        """
+        uid = replica.metadata.name
         try:
             control.ask(daemon.control, "rebuild", replica_uuid=uid)
         except BlockdError as error:
-            log.warning("volume %s: rebuild of %s: %s", name, uid, error)
-            return f"rebuild: {error}"
+            message = f"its rebuild cannot start yet: {error}" if error.retry else str(error)
+            if message != replica.status.message:
+                log.warning("volume %s: rebuild of %s: %s", name, uid, error)
+            return LONG_AGO if error.retry else utc_now(), message
         log.info("volume %s: rebuild of %s started", name, uid)
-        return None
+        return utc_now(), None
 
 
 def _asked(replica: Replica) -> bool:

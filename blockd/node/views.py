@@ -57,6 +57,7 @@ class VolumeView(msgspec.Struct):
     allocated_bytes: int
     block_size: int
     replica_count: int
+    rebuild_wait_seconds: float
     state: str
     health: str
     frontend: str | None
@@ -92,6 +93,7 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         allocated_bytes=max((item.allocated_bytes for item in replicas), default=0),
         block_size=volume.spec.block_size,
         replica_count=volume.spec.replicas,
+        rebuild_wait_seconds=volume.spec.rebuild_wait_seconds,
         state="removing" if volume.metadata.deleted else status.state,
         health=health,
         frontend=status.frontend,

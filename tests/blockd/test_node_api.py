@@ -50,6 +50,18 @@ def test_a_volume_goes_through_its_life_over_the_api(api: httpx.Client) -> None:
     assert api.get("/v1/volumes").json() == []
 
 
+def test_the_wait_before_a_rebuild_can_be_changed(api: httpx.Client) -> None:
+    api.post("/v1/volumes", json={"name": "data", "size_bytes": 64 * MIB, "replicas": 1})
+    changed = api.patch("/v1/volumes/data/settings", json={"rebuild_wait_seconds": 3600})
+    assert (changed.status_code, changed.json()["rebuild_wait_seconds"]) == (200, 3600)
+    assert api.get("/v1/volumes/data").json()["rebuild_wait_seconds"] == 3600
+    for body in ({"rebuild_wait_seconds": -1}, {"replicas": 2}, {}):
+        assert api.patch("/v1/volumes/data/settings", json=body).status_code == 400
+    assert (
+        api.patch("/v1/volumes/none/settings", json={"rebuild_wait_seconds": 1}).status_code == 404
+    )
+
+
 def test_the_service_tells_about_itself(api: httpx.Client) -> None:
     status = api.get("/v1/status").json()
     assert status["front_ends"]["socket"] is None
@@ -64,7 +76,7 @@ def test_the_service_tells_about_itself(api: httpx.Client) -> None:
 def test_the_schema_knows_every_path(api: httpx.Client) -> None:
     paths = api.get("/schema/openapi.json").json()["paths"]
     assert "/v1/volumes/{name}/snapshots/{snapshot}/revert" in paths
-    assert len(paths) == 16
+    assert len(paths) == 17
 
 
 GOOD = {"name": "data", "size_bytes": 64 * MIB}
