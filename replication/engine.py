@@ -36,6 +36,7 @@ from replication.link import Link, ReadRequest, Reply
 from replication.ranges import RangeLocks
 from replication.turns import Turns
 
+BATCHES_PER_TURN = 64  # a member that stays awake answers sooner than one that is woken each time
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
 Chunks = list[tuple[int, memoryview | None]]
@@ -191,11 +192,11 @@ class Engine:
         link.queue.append(link.read_message(sequence, first, stop - first, layer_id))
 
     def next_turn(self) -> None:
-        """The next batch of reads goes to the next member (one batch, one peer, one send)."""
+        """A batch of reads goes to one member, and after BATCHES_PER_TURN of them to the next."""
         readers = self.readers
         if len(readers) > 1:
             self._turn += 1
-            self.reader = readers[self._turn % len(readers)]
+            self.reader = readers[self._turn // BATCHES_PER_TURN % len(readers)]
 
     def extents(
         self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0

@@ -13,7 +13,7 @@ from protocol import replica as wire
 from protocol.checksum import block_checksums
 from protocol.errors import PeerError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
-from replication.engine import EXTENTS_BLOCKS_MAX
+from replication.engine import BATCHES_PER_TURN, EXTENTS_BLOCKS_MAX
 from tests.replication.world import World
 
 
@@ -28,11 +28,11 @@ def filled(count: int = 3, size_bytes: int = 64 * BLOCK_BYTES) -> World:
 
 def test_batches_of_reads_are_spread_over_all_members() -> None:
     world = filled()
-    for _ in range(9):
+    for _ in range(3 * BATCHES_PER_TURN):
         world.engine.next_turn()
         world.read(0, BLOCK_BYTES)
     world.settle()
-    assert [replica.reads for replica in world.replicas.values()] == [3, 3, 3]
+    assert [replica.reads for replica in world.replicas.values()] == [BATCHES_PER_TURN] * 3
 
 
 @pytest.mark.parametrize(
