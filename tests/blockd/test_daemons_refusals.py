@@ -7,8 +7,6 @@ Exit codes: 1 failed, 2 the caller's words, 3 not there, 4 in use or owned by so
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -16,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.blockd.daemon_harness import Cluster, Daemon, cluster, poll
-from tests.blockd.nbd_client import WRITE, NbdClient
+from tests.blockd.daemon_harness import Daemon
 
 BLOCK = 4096
 
