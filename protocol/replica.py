@@ -52,6 +52,7 @@ CONTROL, LAYER_READ, LAYER_WRITE = 32, 33, 34
 # Answers, replica to volume daemon.
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
 ANSWER, LAYER_DATA, REFUSED = 132, 133, 134
+BUSY = 135  # answers nothing: a flush is running and the replica lives
 
 ANSWERS = {  # of the requests that are answered one by one
     FLUSH: FLUSHED,

@@ -86,7 +86,9 @@ class Record:
         return replace(self, members=changed, config_seq=self.config_seq + 1)
 
     def layer_named(self, name: str) -> LayerRecord | None:
-        """The snapshot of that name."""
+        """The snapshot of that name; layers without a name are not found by it."""
+        if not name:
+            return None
         return next((layer for layer in self.layers if layer.name == name), None)
 
 

@@ -253,7 +253,7 @@ class Engine:
             # Never retried and believed: the member goes OUT, which ends its part of the flush;
             # the last one cannot go OUT, so its failure is the answer.
             if link.connected:
-                link.distrusted = True
+                link.distrusted = error.errno != errno.ENOSPC
                 self.fail(link, f"flush failed: {error}")
             return
         flush.waiting.discard(link)
@@ -304,10 +304,9 @@ class Engine:
     def received(self, link: Link, frames: list[wire.Frame]) -> None:
         """Handle one batch of frames from a member."""
         link.progress_at = self.now()
-        reads = link.reads
         for operation, _, length, _, sequence, argument, payload in frames:
             if operation == wire.DATA:
-                request = reads.get(sequence)
+                request = link.reads.get(sequence)
                 if request is None or payload is None:
                     raise wire.WireError(f"an answer to a read never asked (sequence {sequence})")
                 link.reads_total += 1
@@ -316,10 +315,13 @@ class Engine:
                 if not link.applied <= sequence <= self.sequence:
                     raise wire.WireError(f"applied sequence {sequence} is out of order")
                 link.applied = sequence
-            elif operation == wire.REFUSED:
-                self._refused(link, sequence, argument, payload)
-            else:
-                self._replied(link, operation, sequence, argument, payload)
+            elif operation != wire.BUSY:
+                if operation == wire.REFUSED:
+                    self._refused(link, sequence, argument, payload)
+                else:
+                    self._replied(link, operation, sequence, argument, payload)
+                if not link.connected:
+                    break  # it failed by this; what it asked and answered counts no more
         self.advance()
 
     def _replied(
@@ -338,7 +340,14 @@ class Engine:
         reply = call[1]
         try:
             reply(argument, payload, None)
-        except (wire.WireError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            wire.WireError,
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            AttributeError,
+        ) as error:
             # The asker found another content than it asked for: the peer's fault. The call fails
             # with the link.
             nonsense = wire.WireError(f"an answer that makes no sense: {error!r}")

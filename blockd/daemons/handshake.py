@@ -15,6 +15,18 @@ from blockd.daemons import addresses
 from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, from_code
 
+_HELLO_FIELDS = {
+    "replica_uuid": str,
+    "volume_uuid": str,
+    "size_bytes": int,
+    "promised_epoch": int,
+    "config_seq": int,
+    "complete": bool,
+    "boot_id": str,
+    "head_id": int,
+    "layers": list,
+    "position": list,
+}
 TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 
 
@@ -36,6 +48,7 @@ class Session:
             wire.HELLO, {"versions": [wire.VERSION], "volume_uuid": volume_uuid, "nonce": ours}
         )
         theirs = str(hello.get("nonce"))
+        self._check(hello)
         expected = wire.proof(key, "replica", ours, theirs, volume_uuid)
         if not wire.same_proof(expected, hello.get("proof")):
             raise PeerError(
@@ -48,10 +61,17 @@ class Session:
     def fence(self, content: dict[str, Any]) -> dict[str, Any]:
         """Promise an epoch: the replica drops older sessions and serves this one."""
         try:
-            return self.ask(wire.FENCE, content)
+            return self._check(self.ask(wire.FENCE, content))
         except BlockdError:
             self.socket.close()
             raise
+
+    def _check(self, hello: dict[str, Any]) -> dict[str, Any]:
+        """What a replica says of itself has everything we rely on later."""
+        for name, kind in _HELLO_FIELDS.items():
+            if not isinstance(hello.get(name), kind):
+                raise PeerError(f"the replica at {self.address} does not say its {name}")
+        return hello
 
     def ask(self, operation: int, content: dict[str, Any]) -> dict[str, Any]:
         """One request and its answer; a refusal is raised as the error it names."""

@@ -58,7 +58,7 @@ class LocalSession:
 
     def close(self) -> None:
         """Close the directory cleanly."""
-        self.service.replica.close()
+        self.service.close()
 
 
 class LocalMember:
@@ -234,7 +234,7 @@ class LocalMember:
         if self._open:
             self._open = False
             self.link.queue.clear()
-            self._replica.close()
+            self._service.close()
 
 
 def _read_message(*fields: int) -> tuple[int, ...]:

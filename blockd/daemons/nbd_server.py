@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
     from replication.engine import Chunks
 
+READING_BYTES_MAX = 64 << 20  # two reads of the largest size; later requests of a client wait
 _MASK = BLOCK_BYTES - 1
 _ZERO = memoryview(bytes(1 << 20))  # what holes look like to clients without structured replies
 
@@ -80,6 +81,8 @@ class NbdConnection(Stream):
         self._structured = False
         self._leaving = False
         self._under_way = 0
+        self.reading_bytes = 0  # asked for and not answered
+        self._backlog: list[requests.Request] = []
         self.export: Export | None = None
         self.layer_id = 0
         self._size_bytes = 0
@@ -156,23 +159,45 @@ class NbdConnection(Stream):
             start = self._parser.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, batch)
         finally:
             self._run(batch)
-        inbox.take(start, pinned=not self._daemon.send_to_members())
+        sent = self._daemon.send_to_members()
+        inbox.take(start, pinned=not sent or bool(self._backlog))
         if inbox.end > inbox.start:
             inbox.reserve(self._parser.needed(inbox.buffer, inbox.start, inbox.end))
         self._daemon.send_to_clients()
-        if self._daemon.congested and not self.blocked and self.socket is not None:
-            self._daemon.loop.modify(self.socket.fileno(), 0)
+        if self._daemon.congested:
+            self.hold()
             self._daemon.waiting.append(self)
 
     def resume(self) -> None:
         """The members took what was waiting for them: read on."""
-        if self.socket is not None and not self.blocked:
-            self._daemon.loop.modify(self.socket.fileno(), READ)
+        if not self._backlog:
+            self.release()
+
+    def drained(self) -> None:
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Run what waited for earlier reads to be answered and taken."""
+        if self.blocked or self.reading_bytes > READING_BYTES_MAX // 2 or self.socket is None:
+            return
+        batch, self._backlog = self._backlog, []
+        if batch:
+            self._run(batch)
+            self._daemon.send_everything()
+        if not self._backlog and not self._daemon.congested:
+            self.release()
+
+    @property
+    def waits_for_answers(self) -> bool:
+        """Is there a backlog that could go on now?"""
+        return bool(self._backlog) and self.reading_bytes <= READING_BYTES_MAX // 2
 
     def _run(self, batch: list[requests.Request]) -> None:
         engine, size, layer_id = self._engine, self._size_bytes, self.layer_id
+        special = self._daemon.stopping  # then every request is looked at
         engine.next_turn()
-        for request in batch:
+        left = iter(batch)
+        for request in left:
             if self._leaving:
                 return  # what follows a DISC means nothing
             self._under_way += 1
@@ -183,13 +208,19 @@ class NbdConnection(Stream):
                 and 0 < length <= 1 << 20
                 and offset + length <= size
                 and not (command and layer_id)
+                and not special
             ):
                 if command == 0:
-                    engine.read(self, (cookie, 0, False), offset, length, layer_id)
+                    self.reading_bytes += length
+                    engine.read(self, (cookie, 0, False, length), offset, length, layer_id)
                 else:
                     engine.write(self, (cookie, 1), offset, payload, False)  # type: ignore[arg-type]
             else:
                 self._run_other(request)
+            if self.reading_bytes > READING_BYTES_MAX:
+                self._backlog = list(left)
+                self.hold()
+                return
 
     def _run_other(self, request: requests.Request) -> None:
         command, flags, cookie, offset, length, payload = request
@@ -211,7 +242,9 @@ class NbdConnection(Stream):
             self.done(tag, 0)
         elif command == nbd.CMD_READ:
             whole = bool(flags & nbd.CMD_FLAG_DF)
-            self._engine.read(self, (cookie, command, whole), offset, length, self.layer_id)
+            self.reading_bytes += length
+            tag_read = (cookie, command, whole, length)
+            self._engine.read(self, tag_read, offset, length, self.layer_id)
         elif command == nbd.CMD_BLOCK_STATUS:
             one = bool(flags & nbd.CMD_FLAG_REQ_ONE)
             self._engine.extents(
@@ -234,6 +267,8 @@ class NbdConnection(Stream):
     def done(self, cookie: Any, error: int) -> None:
         self._under_way -= 1
         handle = cookie[0]
+        if cookie[1] == nbd.CMD_READ and len(cookie) == 4:
+            self.reading_bytes -= cookie[3]
         if error:
             code = replies.error_of(error)
             self._queue.append(replies.error_reply(handle, code, self._structured))
@@ -244,6 +279,7 @@ class NbdConnection(Stream):
 
     def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
         self._under_way -= 1
+        self.reading_bytes -= cookie[3]
         handle = cookie[0]
         queue = self._queue
         if not self._structured:

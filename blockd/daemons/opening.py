@@ -26,7 +26,14 @@ from blockd.daemons.handshake import Session
 from blockd.daemons.local_member import LocalSession
 from blockd.loop import Loop
 from protocol import replica as wire
-from protocol.errors import ConflictError, DegradedError, PeerError, StateError
+from protocol.errors import (
+    BlockdError,
+    ConflictError,
+    DegradedError,
+    PeerError,
+    StateError,
+    StorageError,
+)
 from replication.authority import IN_SYNC, OUT, Authority, Member, Record
 from replication.structure import adopt_unrecorded, drop_layers, finish_revert
 
@@ -85,12 +92,12 @@ def _introduce(
     sessions: dict[str, AnySession] = {}
     left = dict.fromkeys(wanted.addresses)
     deadline = time.monotonic() + WAIT_SECONDS
-    error: PeerError | None = None
+    error: BlockdError | None = None
     while left:
         for address in list(left):
             try:
                 session = introduce(wanted.loop, address, volume_uuid, wanted.key)
-            except PeerError as failure:
+            except (PeerError, StorageError) as failure:
                 error = failure
                 continue
             del left[address]
@@ -200,7 +207,7 @@ def _fence(record: Record, sessions: dict[str, AnySession], log: Log) -> dict[st
     for replica_uuid, session in list(sessions.items()):
         try:
             promised[replica_uuid] = session.fence(fence_content(record))
-        except PeerError as error:
+        except (PeerError, StorageError) as error:
             log(f"replica {replica_uuid} was lost while it was fenced: {error}")
             del sessions[replica_uuid]
     return promised

@@ -116,7 +116,7 @@ class ReplicaDaemon:
             os.unlink(path)
         if self._control is not None:
             self._control.close()
-        self.service.replica.close()
+        self.service.close()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from protocol.errors import BlockdError, ConflictError, RequestError, StorageErr
 from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 
+BUSY_SECONDS = 2.0  # between signs of life during a flush; far below the peer's limit for silence
 MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
 
 
@@ -59,6 +60,8 @@ class ReplicaService:
         self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
         self._flushing: _Flush | None = None
         self._maintaining = False
+        self._closed = False
+        self.on_busy: list[Callable[[], None]] = []
         self._folding_paused_by: set[object] = set()
 
     # ---- what sessions ask ------------------------------------------------------------------
@@ -86,6 +89,7 @@ class ReplicaService:
     def promise(self, content: dict[str, Any]) -> None:
         """Promise an epoch durably and bind a blank replica; ConflictError if it is too old."""
         metadata = self.replica.metadata
+        self.check_volume(str(content["volume_uuid"]))  # it may have been bound since the HELLO
         epoch = int(content["epoch"])
         if epoch < metadata.promised_epoch:
             raise ConflictError(
@@ -121,6 +125,9 @@ class ReplicaService:
 
     def flush(self, done: Callable[[BlockdError | None], None]) -> None:
         """Make everything applied so far durable. Calls that come meanwhile share the next one."""
+        if self._closed:
+            done(StorageError(f"replica {self.replica.path} was closed"))
+            return
         self.flushes += 1
         self._flush_waiting.append(done)
         if not self._flushing:
@@ -135,6 +142,7 @@ class ReplicaService:
                 done(error)
             return
         self._flushing = flush
+        self.loop.later(BUSY_SECONDS, lambda: self._beat(flush))
         self.loop.in_thread(flush.run, lambda result, failure: self._end_flush(flush))
 
     def _end_flush(self, flush: _Flush) -> None:
@@ -149,6 +157,25 @@ class ReplicaService:
             done(error)
         if self._flush_waiting:
             self._next_flush()
+
+    def _beat(self, flush: _Flush) -> None:
+        """A flush may take minutes on a slow disk: say that we live, and not more often."""
+        if self._flushing is flush:
+            for tell in list(self.on_busy):
+                tell()
+            self.loop.later(BUSY_SECONDS, lambda: self._beat(flush))
+
+    def close(self) -> None:
+        """Close the directory cleanly if that is possible; nothing touches it afterwards."""
+        if self._closed:
+            return
+        self._flush_waiting.clear()
+        self._wait_for_flush()
+        self._closed = True
+        try:
+            self.replica.close()
+        except (BlockdError, OSError) as error:
+            process.log(f"replica {self.replica.path} was not closed cleanly: {error}")
 
     def _wait_for_flush(self) -> None:
         """Block until no flush runs; for the rare request that excludes one."""
@@ -213,13 +240,15 @@ class ReplicaService:
 
     def worked(self) -> None:
         """Something changed: folding or clean-up may be due."""
-        if not self._maintaining:
+        if not self._maintaining and not self._closed:
             self._maintaining = True
             self.loop.later(MAINTAIN_DELAY_SECONDS, self._maintain)
 
     def _maintain(self) -> None:
         """One step; a flush it needs runs in a thread like any other."""
         self._maintaining = False
+        if self._closed:
+            return
         replica = self.replica
         replica.hold_folding = bool(self._folding_paused_by)
         if self._flushing or not replica.complete:

@@ -25,9 +25,7 @@ from protocol import replica as wire
 from protocol.checksum import block_checksum, block_checksums
 from protocol.errors import (
     BlockdError,
-    ConflictError,
     PeerError,
-    RequestError,
     StateError,
     StorageError,
 )
@@ -71,13 +69,13 @@ class ReplicaSession(Stream):
             else:
                 for frame in frames:
                     self._introduce(frame)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             # Only the JSON of control messages can do this; the peer is broken, we are not.
             self._refuse(0, wire.WireError(f"a control message is malformed: {error!r}"))
             self.flush()
             self.close(f"a control message is malformed: {error!r}")
             return
-        except (PeerError, RequestError, ConflictError) as error:
+        except BlockdError as error:
             self._refuse(0, error)
             self.flush()
             self.close(str(error))
@@ -110,6 +108,8 @@ class ReplicaSession(Stream):
     def close(self, reason: str) -> None:
         """End the session."""
         if self.detach():
+            if self.fenced:
+                self._service.on_busy.remove(self._busy)
             self.fenced = False
             self._daemon.session_closed(self, reason)
 
@@ -193,7 +193,12 @@ class ReplicaSession(Stream):
     def _fence(self, sequence: int, content: dict[str, Any]) -> None:
         self._daemon.fence(self, content)
         self.fenced = True
+        self._service.on_busy.append(self._busy)
         self._send(wire.json_frame(wire.ANSWER, sequence, self._service.describe()))
+
+    def _busy(self) -> None:
+        self._answer(wire.BUSY, 0)
+        self.flush()
 
     # ---- data -----------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ not in how a socket is served. A subclass says what to do with received bytes (`
 the end of the stream (`lost`).
 
 Invariants: `flush` keeps order and never blocks; while something is unsent the socket waits for
-EPOLLOUT, and only a stream with `READS_WHILE_BLOCKED` is read meanwhile; after `detach` nothing
-is called any more.
+EPOLLOUT, and only a stream with `READS_WHILE_BLOCKED` is read meanwhile; a held stream is not read;
+after `detach` nothing is called any more.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Stream:
         self.outbox = outbox
         self.socket: socket.socket | None = sock
         self.blocked = False
+        self._wanted = READ
         loop.register(sock.fileno(), READ, self._ready)
 
     def received(self) -> None:
@@ -46,8 +47,8 @@ class Stream:
             if events & HANGUP and not self.READS_WHILE_BLOCKED:
                 self.lost("the peer went away")
                 return
-            if events & WRITE and self.flush():
-                self.drained()
+            if events & WRITE:
+                self.flush()
             if self.blocked and not self.READS_WHILE_BLOCKED:
                 return
         sock = self.socket
@@ -75,9 +76,25 @@ class Stream:
             return True
         if sent == self.blocked:
             self.blocked = not sent
-            waiting = READ | WRITE if self.READS_WHILE_BLOCKED else WRITE
-            self.loop.modify(sock.fileno(), READ if sent else waiting)
+            waiting = self._wanted | WRITE if self.READS_WHILE_BLOCKED else WRITE
+            self.loop.modify(sock.fileno(), self._wanted if sent else waiting)
+            if sent:
+                self.loop.post(self.drained)  # whoever it was that sent the last of it
         return sent
+
+    def hold(self) -> None:
+        """Do not read from the peer until `release`."""
+        self._want(0)
+
+    def release(self) -> None:
+        """Read from the peer again."""
+        self._want(READ)
+
+    def _want(self, events: int) -> None:
+        if self.socket is not None and self._wanted != events:
+            self._wanted = events
+            if not self.blocked:
+                self.loop.modify(self.socket.fileno(), events)
 
     def detach(self) -> bool:
         """Leave the loop and close the socket; False if that was done before."""

@@ -43,6 +43,7 @@ from replication.structure import Structure
 
 TICK_SECONDS = 1.0  # how often silence is noticed and lost members are tried again
 SILENCE_SECONDS_MAX = 20.0  # a member that owes answers this long is OUT; above a slow disk's flush
+RECONNECTS_MAX = 2  # at a time: a host that hangs holds a worker thread for seconds
 STOP_SECONDS_MAX = 15.0  # for the last answers and the last flush
 CONGESTION_BYTES = 16 << 20  # unsent bytes of one member after which clients are not read
 FENCED_EXIT_CODE = ConflictError.exit_code
@@ -144,6 +145,8 @@ class VolumeDaemon:
         for connection in list(self.connections):
             if connection.outbox.queue and not connection.flush():
                 sent = False
+            if connection.waits_for_answers:
+                self.loop.post(connection.go_on)
         return sent
 
     def send_everything(self) -> bool:
@@ -202,7 +205,8 @@ class VolumeDaemon:
                 self.reconnect(link.replica_uuid)
                 continue
             owes_write = oldest is not None and link in engine.targets and link.applied < oldest
-            if not (link.reads or link.calls or owes_write):
+            local = link.address.startswith("dir:")  # in this process: silence means nothing
+            if local or not (link.reads or link.calls or owes_write):
                 link.progress_at = now
             elif now - link.progress_at > SILENCE_SECONDS_MAX:
                 engine.fail(link, f"no answer for {SILENCE_SECONDS_MAX:.0f} s")
@@ -220,6 +224,8 @@ class VolumeDaemon:
             return
         if member.state != link.state or link.leaving or link in self.engine.targets:
             return  # its change to OUT is still on the way
+        if len(self._reconnecting) >= RECONNECTS_MAX:
+            return
         if link.address.startswith("dir:"):
             return  # its disk failed under this process; only a restart looks at it again
         self._reconnecting.add(replica_uuid)
@@ -295,7 +301,8 @@ class VolumeDaemon:
         self._drain()
 
     def _drain(self) -> None:
-        if self.engine.pending or self.structure.busy or self.engine.structure_busy:
+        engine = self.engine
+        if engine.pending or engine.locks.held or self.structure.busy or engine.structure_busy:
             if self.engine.structure_busy:
                 self._abort_rebuilds()
             self.send_everything()
