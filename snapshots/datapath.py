@@ -17,6 +17,8 @@ parent never stores a block of zeros as data but as a ZEROS entry; recovery reli
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
 import threading
@@ -28,7 +30,7 @@ from protocol.errors import NotFoundError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.dirty import CLEAN, HOT
-from snapshots.layer import WRITABLE, LayerFile
+from snapshots.layer import WRITABLE, LayerFile, block_offset, entry_number
 from snapshots.masks import SLOT_RUNS, resolve, run_length
 from snapshots.reserve import FULL_DISK
 from snapshots.store import Store
@@ -110,6 +112,7 @@ class DataPath(Store):
                 return
             write_all(self._head_fd, data, offset)
         except OSError as error:
+            self._take_back([(first_block, count)])
             raise storage_error("writing layer", self.head.path, error) from error
         self._head_map[entry : entry + count] = (
             checksums if isinstance(checksums, memoryview) else array("I", checksums)
@@ -153,15 +156,38 @@ class DataPath(Store):
                         end += 1
                     (held if in_head else fresh).append((block + at, end - at))
                     at = end
-        for block, length in fresh + held:
-            start = (block - base) * BLOCK_BYTES
-            self.head.write(block, data[start : start + length * BLOCK_BYTES])
+        try:
+            for block, length in fresh + held:
+                start = (block - base) * BLOCK_BYTES
+                self.head.write(block, data[start : start + length * BLOCK_BYTES])
+        except StorageError:
+            self._take_back(fresh)
+            raise
         values = (
             checksums if isinstance(checksums, memoryview) else memoryview(array("I", checksums))
         )
         for block, length in fresh + held:
             self.head.store(block, values[block - base : block - base + length])
             self._index[block : block + length] = SLOT_RUNS[slot][:length]
+
+    def _take_back(self, runs: Runs) -> None:
+        """Remove what a failed write left under entries that do not name it.
+
+        Recovery must not find it there later. Copies made by folding may go with it; folding
+        notices that.
+        """
+        with contextlib.suppress(
+            StorageError
+        ):  # the disk refuses this too: the write's error counts
+            for first, count in runs:
+                for block, length in pieces(first, count):
+                    for number in range(block, block + length):
+                        if self._index[number] == self._head_slot:
+                            continue
+                        if self._head_map[entry_number(number)] == ABSENT:
+                            self.head.punch(number, 1)
+                        else:
+                            self._clear_unnamed(number, 1)
 
     # Zeroing
 
@@ -237,12 +263,30 @@ class DataPath(Store):
             self._index[block : block + count] = SLOT_RUNS[0][:count]
             if not keep_allocated:
                 self.head.punch(block, count)
-            elif in_head:
-                self._clear_in_place(block, count)
+            else:
+                self._clear_unnamed(block, count)
 
-    def _clear_in_place(self, block: int, count: int) -> None:
-        """Overwrite data under ZEROS entries, so that recovery never takes it for a block's."""
-        self.head.write(block, memoryview(bytes(count * BLOCK_BYTES)))
+    def _clear_unnamed(self, first_block: int, total: int) -> None:
+        """Overwrite all data under ZEROS entries and keep the space.
+
+        Recovery must never take it for a block's: it can be the block's own of before, a copy that
+        folding made, or what a refused write left. Reserved space without data costs nothing.
+        """
+        block, end = first_block, first_block + total
+        while block < end:
+            start = block_offset(block)
+            try:
+                data = os.lseek(self._head_fd, start, os.SEEK_DATA)
+                hole = os.lseek(self._head_fd, data, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    return
+                raise storage_error("clearing blocks of", self.head.path, error) from error
+            block += (data - start) // BLOCK_BYTES
+            stop = min(end, block + -(-(hole - block_offset(block)) // BLOCK_BYTES))
+            if block < stop:
+                self.head.write(block, memoryview(bytes((stop - block) * BLOCK_BYTES)))
+            block = stop if stop > block else end
 
     # Reading
 

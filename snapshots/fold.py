@@ -6,7 +6,8 @@ itself. A batch of blocks of the removed layer P goes through three stages towar
 1. data of blocks that C lacks is copied to C's file (C's map does not name it yet);
    ... a flush makes the copy durable, and with it everything C had before ...
 2. C's map entries are stored unless C got its own meanwhile, index bytes of P become C's, blocks
-   of P that C had before stage 1 are cleared and punched;
+   of P that C had before stage 1 are cleared and punched. A copy whose data is not what the entry
+   says (a write to the head that ran out of space went over it) is forgotten and made again;
    ... a flush makes the entries durable; the zone is dirty, so the index needs no sync ...
 3. the copied blocks of P are cleared and punched.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from protocol.checksum import ABSENT, ZEROS
+from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
 from snapshots import chain
@@ -36,7 +37,7 @@ class Batch:
     """Blocks of one region on their way from P to C."""
 
     first_block: int
-    entries: list[int]  # P's entries at stage 1
+    entries: list[int]  # P's entries at stage 1; ABSENT: nothing here, or not taken over
     moved: list[bool]  # C had no entry at stage 1
 
 
@@ -76,6 +77,8 @@ class Folder:
         for batch in self._copied:
             self._store_entries(batch, parent, child)
         self._stored, self._copied = self._copied, []
+        if self._stored:
+            self._changed(child)  # now: what follows may fail, and P must wait for a flush even so
         batch_next, stalled = None, False
         for budget in (budget_blocks, 16, 1):
             try:
@@ -91,14 +94,18 @@ class Folder:
         if batch_next is not None:
             self._copied.append(batch_next)
         if self._stored or self._copied:
-            store.changed(child)
-            store.layers_changed()
-            self._flush_needed = store.flushes_begun + 1
+            self._changed(child)
             return True
         if stalled:
             return False
         self._drop(self._parent)
         return True
+
+    def _changed(self, child: LayerFile) -> None:
+        """C's file is different: the next step waits for a flush that begins from now on."""
+        self._store.changed(child)
+        self._store.layers_changed()
+        self._flush_needed = self._store.flushes_begun + 1
 
     def _choose(self) -> None:
         """Pick a removed layer with at most one child; drop it here if it has none."""
@@ -176,11 +183,14 @@ class Folder:
         if any(batch.moved):
             store.mark_dirty(region // 4, region // 4)
             child.make_writable(region)
+            self._forget_damaged(batch, child)
         shift = (region << 20) + 1024  # layer.entry_number
         index = store.index.memory
         for number, entry in enumerate(batch.entries):
             block = batch.first_block + number
             if not batch.moved[number] or child.map[block + shift] != ABSENT:
+                continue
+            if entry == ABSENT:
                 continue
             if entry == ZEROS:
                 if self._parent.parent == 0:
@@ -192,6 +202,19 @@ class Folder:
             if index[block] == parent.slot:
                 index[block] = child.slot
         _clear(parent, batch, moved=False)
+
+    def _forget_damaged(self, batch: Batch, child: LayerFile) -> None:
+        """Drop from a batch the copies that C's file no longer holds; they are made again."""
+        shift = ((batch.first_block // BLOCKS_PER_REGION) << 20) + 1024
+        data = memoryview(bytearray(len(batch.entries) * BLOCK_BYTES))
+        child.read(batch.first_block, len(batch.entries), data)
+        for number, entry in enumerate(batch.entries):
+            block = batch.first_block + number
+            if entry <= ZEROS or not batch.moved[number] or child.map[block + shift] != ABSENT:
+                continue
+            if block_checksum(data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != entry:
+                batch.entries[number] = ABSENT
+                self._next_block = min(self._next_block, block)
 
 
 def _clear(parent: LayerFile, batch: Batch, *, moved: bool) -> None:
