@@ -68,7 +68,8 @@ def _await_attached(operations: Operations, volume: Volume, stop: threading.Even
     wants_mount = volume.spec.mount is not None
     while not stop.wait(POLL_SECONDS):
         view = operations.volume(name)
-        if view.state == "attached" and (view.mount is not None or not wants_mount):
+        attached = view.state == "attached"
+        if attached and (view.mount is not None or view.device is None or not wants_mount):
             return
         if time.monotonic() > deadline:
             say(f"  volume {name} is {view.state}: {view.message}; still trying")

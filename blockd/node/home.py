@@ -121,7 +121,13 @@ class Home:
     def lock(self) -> None:
         """Become the only node service of this directory, or ConflictError with the other's pid."""
         path = self.root / "serve.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be opened: {error.strerror}; run this as the user who owns "
+                f"{self.root}, or choose another --home"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

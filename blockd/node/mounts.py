@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from blockd.frontends import processes, tools
-from protocol.errors import ConflictError, RequestError
+from protocol.errors import ConflictError, RequestError, StorageError
 
 FILE_SYSTEMS = ("ext4", "xfs")
 BLANK_CHECK_BYTES = 1 << 20  # superblocks and partition tables are within the first MiB
@@ -92,8 +92,13 @@ def _content(device: str) -> str | None:
             f"{device} holds data blkid cannot tell apart (code {done.returncode}); it is not "
             "touched: mount what is on it by hand"
         )
-    with open(device, "rb") as file:
-        head = file.read(BLANK_CHECK_BYTES)
+    try:
+        with open(device, "rb") as file:
+            head = file.read(BLANK_CHECK_BYTES)
+    except OSError as error:
+        raise StorageError(
+            f"{device} cannot be read: {error.strerror}; see the logs of the volume's daemons"
+        ) from error
     if head.count(0) != len(head):
         raise ConflictError(
             f"{device} is not blank and holds no known file system; it is not formatted: "

@@ -30,6 +30,7 @@ from blockd.node.objects import (
     new_uid,
     snapshot_key,
 )
+from blockd.node.reconcile_devices import no_device_text
 from blockd.node.store import find, modify
 from blockd.node.views import (
     ReplicaView,
@@ -189,10 +190,7 @@ class Operations:
                 f"`blockd volume umount {name}`"
             )
         if volume.status.frontend == "socket":
-            raise ConflictError(
-                f"volume {name} has no device: front end socket gives none; detach it and "
-                "attach it with --frontend fuse to mount it"
-            )
+            raise ConflictError(no_device_text(name, "socket"))
         wanted = modify(
             self._store, Volume, name, lambda v: setattr(v.spec, "mount", Mount(where, fs))
         )

@@ -92,6 +92,7 @@ class Workers:
         self._queue = queue
         self._pass = run_pass
         self._failures: dict[str, int] = {}
+        self._said: dict[str, str] = {}  # a problem that stays is told once
         self._threads = [
             threading.Thread(target=self._run, name=f"reconcile-{number}", daemon=True)
             for number in range(WORKERS)
@@ -114,8 +115,11 @@ class Workers:
             try:
                 delay = self._pass(name)
                 self._failures.pop(name, None)
+                self._said.pop(name, None)
             except BlockdError as error:
-                log.warning("volume %s: %s", name, error)
+                if self._said.get(name) != str(error):
+                    log.warning("volume %s: %s", name, str(error).removeprefix(f"volume {name} "))
+                self._said[name] = str(error)
                 delay = self._backoff_seconds(name)
             except Exception:  # a bug; the other volumes must go on
                 log.exception("volume %s: unexpected error", name)

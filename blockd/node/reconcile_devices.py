@@ -25,6 +25,15 @@ CLIENTS_GONE_SECONDS = 2.0  # a client that has just ended is noticed within mil
 POLL_SECONDS = 0.05
 
 
+def no_device_text(name: str, front_end: str) -> str:
+    """Why a volume cannot be mounted, and what helps."""
+    text = f"volume {name} cannot be mounted: front end {front_end} gives no device"
+    reason = FRONT_ENDS["fuse"].unavailable()
+    if reason is not None:
+        return f"{text}, and fuse cannot be used here: {reason}"
+    return f"{text}; detach it (`blockd volume detach {name}`) and attach it with --frontend fuse"
+
+
 class DeviceReconciler:
     """Front end and mount of one volume after another."""
 
@@ -66,10 +75,7 @@ class DeviceReconciler:
         )
         if volume.spec.mount is not None:
             if device is None:
-                raise ConflictError(
-                    f"volume {volume.metadata.name} has no device: front end {front_end.name} "
-                    "gives none; detach and attach it with --frontend fuse to mount it"
-                )
+                raise ConflictError(no_device_text(volume.metadata.name, front_end.name))
             volume = self._mount(volume, device)
         return volume
 

@@ -11,6 +11,7 @@ volume's wait. One rebuild runs at a time; the others stay due.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from blockd.node import control
 from blockd.node.context import Context, log
@@ -109,7 +110,7 @@ class MemberReconciler:
                     record = self._move(record, uid, address, daemon)
                 state = record.members[uid].state
                 if daemon is None or replica.status.state != "running":
-                    self._note_out(replica, state)
+                    self._note_out(volume, replica, state)
                 elif self._follow(volume, replica, state, busy, daemon):
                     busy.append(uid)
 
@@ -152,15 +153,16 @@ class MemberReconciler:
         assert newest is not None, "the record of a running volume"
         return newest
 
-    def _note_out(self, replica: Replica, state: str) -> None:
+    def _note_out(self, volume: Volume, replica: Replica, state: str) -> None:
         """Note since when a member is OUT."""
         since = (replica.status.out_since or utc_now()) if state == OUT else None
-        modify_status(
-            self._context.store,
-            Replica,
-            replica.metadata.name,
-            lambda r: setattr(r.status, "out_since", since),
-        )
+
+        def note(item: Replica) -> None:
+            item.status.out_since = since
+            if item.status.state == "running":
+                item.status.message = _due_text(volume, since) if since else None
+
+        modify_status(self._context.store, Replica, replica.metadata.name, note)
 
     def _follow(
         self, volume: Volume, replica: Replica, state: str, busy: list[str], daemon: DaemonSpec
@@ -170,6 +172,7 @@ class MemberReconciler:
         since, message, began = None, None, False
         if state == OUT:
             since = LONG_AGO if asked else replica.status.out_since or utc_now()
+            message = _due_text(volume, since)
             if asked or _wait_seconds(volume, replica) <= 0:
                 if busy:
                     message = f"its rebuild waits for the end of that of {busy[0]}"
@@ -200,6 +203,14 @@ class MemberReconciler:
             return LONG_AGO if error.retry else utc_now(), message
         log.info("volume %s: rebuild of %s started", name, uid)
         return utc_now(), None
+
+
+def _due_text(volume: Volume, since: str) -> str:
+    """When a rebuild begins by itself, and how it begins at once."""
+    wait = timedelta(seconds=volume.spec.rebuild_wait_seconds)
+    due = (datetime.fromisoformat(since) + wait).strftime("%Y-%m-%dT%H:%M:%SZ")
+    name = volume.metadata.name
+    return f"out of sync; its rebuild begins at {due}, or now: `blockd replica rebuild {name}`"
 
 
 def _asked(replica: Replica) -> bool:

@@ -203,7 +203,9 @@ def remove_tree(path: Path) -> None:
 
 def _running(replica: Replica, answer: Answer, address: str) -> None:
     status = replica.status
-    status.state, status.message, status.failed_since = "running", None, None
+    if status.state != "running":  # else what is said of a rebuild stands until it is looked at
+        status.message = None
+    status.state, status.failed_since = "running", None
     if answer.get("failed"):
         status.state, status.message = "failed", str(answer["failed"])
     status.provisioned = True

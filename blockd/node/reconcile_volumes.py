@@ -65,6 +65,10 @@ class VolumeReconciler:
             problem = Problem(error.code, str(error), error.retry)
             self._note_problem(volume, problem)
             raise
+        except Exception as error:  # a bug; the log has it all
+            text = f"unexpected error {error!r}; see the log of the node service"
+            self._note_problem(volume, Problem(BlockdError.code, text, retry=True))
+            raise
         generation = volume.metadata.generation
         self._note(volume, observed_generation=generation, problem=None)
         return delay

@@ -248,7 +248,7 @@ def test_a_daemon_that_fails_to_start_says_why_and_is_not_hammered(
     supervisor: Supervisor, tmp_path: Path
 ) -> None:
     spec = _replica(tmp_path, create=False)
-    with pytest.raises(Exception, match="not a replica directory"):
+    with pytest.raises(Exception, match="does not exist"):
         supervisor.ensure(spec)
     with pytest.raises(Exception, match="next try in"):
         supervisor.launch(spec)
@@ -291,3 +291,17 @@ def test_the_program_leaves_volumes_running_when_killed_or_told_to_end(tmp_path:
     pids = {replica.id: replica.pid for replica in before.replicas}
     assert {item.id: item.pid for item in harness.view("data").replicas} == pids
     harness.close()
+
+
+def test_a_home_of_somebody_else_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    home.prepare()
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)  # root may open everything
+    with pytest.raises(StorageError, match="run this as the user who owns"):
+        home.lock()

@@ -55,6 +55,10 @@ def test_a_rebuild_that_cannot_start_at_once_stays_due(
     os.kill(view.replicas[0].pid or 0, signal.SIGKILL)
     until(lambda: node.view("data").replicas[0].state == "OUT", "out")
     until(lambda: node.view("data").replicas[0].connected, "its daemon is back")
+    until(
+        lambda: "blockd replica rebuild data" in (node.view("data").replicas[0].message or ""),
+        "it says when the rebuild begins, and how to begin it now",
+    )
     refused: list[str] = []
     ask = control.ask
 

@@ -139,7 +139,7 @@ def test_a_lost_copy_of_a_detached_volume_shows_as_degraded(node: NodeHarness) -
     os.kill(lost.pid or 0, signal.SIGKILL)
     until(lambda: node.view("data").health == "degraded", "degraded")
     assert {replica.id: replica.state for replica in node.view("data").replicas}[lost.id] == "OUT"
-    assert "not a replica directory" in (node.view("data").message or "")
+    until(lambda: "does not exist" in (node.view("data").message or ""), "the reason is told")
 
 
 @pytest.mark.parametrize("attached", [False, True])
