@@ -30,9 +30,9 @@ def small_disk(path: Path, kind: str, mebibytes: int) -> bool:
         image = path.with_suffix(".img")
         with open(image, "wb") as file:
             file.truncate(mebibytes * MIB)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True, capture_output=True)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True, timeout=30)
         command = ["mount", "-o", "loop", str(image), str(path)]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def on_small_disks(
             yield made
     finally:
         for path in mounted:
-            subprocess.run(["umount", str(path)], check=True)
+            subprocess.run(["umount", str(path)], check=True, timeout=30)
 
 
 def fill(client: NbdClient, source: random.Random) -> tuple[dict[int, bytes], int]:
@@ -246,4 +246,4 @@ def test_a_full_disk_under_the_local_replica_is_an_error_not_an_end(tmp_path: Pa
             assert made.status()["health"] == "healthy"
             client.close()
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(disk)], check=True, timeout=30)
