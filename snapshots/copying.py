@@ -75,6 +75,7 @@ class Copying(DataPath):
         self, layer_id: int, region: int, entries: memoryview, data: memoryview
     ) -> None:
         """Replace a region of a layer by what `layer_read` gave on another replica."""
+        self.check_open()
         layer = self._layer(layer_id)
         zone = region // REGIONS_PER_ZONE
         if self.complete or layer is self.head:

@@ -66,6 +66,7 @@ class DataPath(Store):
 
     def mark_dirty(self, first_zone: int, last_zone: int) -> None:
         """Make zones ready to be written: their index pages allocated, their dirty bits durable."""
+        self.check_open()
         zones = self._zones
         for zone in range(first_zone, last_zone + 1):
             if zones[zone] == CLEAN:
@@ -74,6 +75,7 @@ class DataPath(Store):
 
     def _prepare(self, first_block: int, count: int) -> None:
         """Everything a write to these blocks needs besides the data's own space."""
+        self.check_open()
         last_block = first_block + count - 1
         first_zone, last_zone = first_block // BLOCKS_PER_ZONE, last_block // BLOCKS_PER_ZONE
         states = self._zones[first_zone : last_zone + 1]
@@ -197,6 +199,7 @@ class DataPath(Store):
         Space is given back, or with `keep_allocated` reserved so that a later write cannot lack it.
         All or nothing when the disk is full.
         """
+        self.check_open()
         ranges = list(self._zero_pieces(first_block, count, keep_allocated))
         try:
             self._prepare_pieces(ranges, keep_allocated)

@@ -69,6 +69,7 @@ class FlushJob:
                 errno=errno.EIO,
             ) from error
         if self.metadata is not None:
+            store.check_open()
             try:
                 store.file.write(self.metadata)
             except StorageError as error:

@@ -6,12 +6,18 @@ sorted, fixed indentation) and carries a BLAKE2b checksum of itself without that
 does not come out byte for byte the same when encoded again is refused.
 
 `Metadata` and `LayerInfo` are immutable: a change is a new value, made durable and then adopted.
-Writes may come from the event loop and from a flush thread; each text has a number, given when it
-was composed, and an older text never replaces a younger one.
+Writes may come from the event loop and from a flush thread; each text carries its number, the
+generation, given when it was composed, and an older text never replaces a younger one.
+
+Next to it `replica.pending.json` says what the tree became after replica.json was written: the id
+of this boot of the kernel and a text as above, renamed into place without any fsync. A process that
+was killed left all its writes in the page cache, so its successor goes on with that tree if the
+boot is still the same and the text is younger than replica.json. After a power cut it is ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -26,6 +32,9 @@ from snapshots.syscalls import storage_error, sync_directory, write_all
 
 FORMAT_VERSION = 1
 FILE_NAME = "replica.json"
+PENDING_NAME = "replica.pending.json"
+BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+_TEXT_BYTES_MAX = 16 << 20  # 255 layers with labels are far below
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,20 @@ class Metadata:
     complete: bool = True
 
 
-def encode(metadata: Metadata) -> bytes:
+def boot_id() -> str:
+    """Which boot of the kernel this is; "" where the kernel does not say."""
+    try:
+        with open(BOOT_ID_PATH, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def encode(metadata: Metadata, generation: int) -> bytes:
     """The canonical text."""
     fields = asdict(metadata)
+    if generation:  # texts of before there were generations have none
+        fields["generation"] = generation
     fields["format_version"] = FORMAT_VERSION
     fields["layers"] = [
         {key: value for key, value in layer.items() if key != "allocated_bytes"}
@@ -75,8 +95,8 @@ def _text(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
-def decode(path: str, text: bytes) -> Metadata:
-    """The metadata in `text`, or StorageError; `path` is for the message."""
+def decode(path: str, text: bytes) -> tuple[Metadata, int]:
+    """The metadata in `text` and its generation, or StorageError; `path` is for the message."""
     damaged = (
         f"{path} is damaged (checksum or form does not match); restore it from a copy of this "
         "directory, or remove the directory and rebuild the replica from another"
@@ -98,14 +118,15 @@ def decode(path: str, text: bytes) -> Metadata:
             "open it with the version of blockd that wrote it"
         )
     try:
+        generation = int(fields.pop("generation", 0))
         layers = tuple(LayerInfo(**layer) for layer in fields.pop("layers"))
         metadata = Metadata(layers=layers, **fields)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise StorageError(damaged) from error
-    if encode(metadata) != text:
+    if encode(metadata, generation) != text:
         raise StorageError(damaged)
     check_tree(path, metadata)
-    return metadata
+    return metadata, generation
 
 
 def check_tree(path: str, metadata: Metadata) -> None:
@@ -136,15 +157,16 @@ class MetadataFile:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self.path = os.path.join(directory, FILE_NAME)
+        self._pending_path = os.path.join(directory, PENDING_NAME)
         self._lock = threading.Lock()  # held for one write; see the module text
-        self._composed = 0
-        self._written = 0
+        self._composed = 0  # the youngest generation
+        self._written = 0  # the one in replica.json
 
     def read(self) -> Metadata:
         """The durable content."""
         try:
             with open(self.path, "rb") as file:
-                text = file.read(16 << 20)  # 255 layers with labels are far below 16 MiB
+                text = file.read(_TEXT_BYTES_MAX)
         except FileNotFoundError as error:
             raise StorageError(
                 f"{self._directory} is not a replica directory: {FILE_NAME} is missing; "
@@ -152,12 +174,55 @@ class MetadataFile:
             ) from error
         except OSError as error:
             raise storage_error("reading", self.path, error) from error
-        return decode(self.path, text)
+        metadata, self._written = decode(self.path, text)
+        self._composed = max(self._composed, self._written)
+        return metadata
+
+    def read_pending(self) -> Metadata | None:
+        """After `read`: the tree a killed process went on to without it being durable yet."""
+        try:
+            with open(self._pending_path, "rb") as file:
+                boot, _, text = file.read(_TEXT_BYTES_MAX).partition(b"\n")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error("reading", self._pending_path, error) from error
+        if not boot or boot != boot_id().encode():
+            return None
+        metadata, generation = decode(self._pending_path, text)
+        if generation <= self._written:
+            return None
+        self._composed = max(self._composed, generation)
+        return metadata
+
+    def write_pending(self, metadata: Metadata) -> None:
+        """Leave a tree for the process that comes after a kill; quick, nothing is synced."""
+        boot = boot_id()
+        if not boot:
+            return
+        self._composed += 1
+        text = boot.encode() + b"\n" + encode(metadata, self._composed)
+        temporary = self._pending_path + ".tmp"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                write_all(fd, text, 0)
+            finally:
+                os.close(fd)
+            os.rename(temporary, self._pending_path)
+        except OSError as error:
+            raise storage_error("writing", self._pending_path, error) from error
+
+    def remove_pending(self) -> None:
+        """Tidy up; a file that stays is older than replica.json and ignored."""
+        for path in (self._pending_path, self._pending_path + ".tmp"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def compose(self, metadata: Metadata) -> tuple[int, bytes]:
         """The numbered text of `metadata`, to be passed to `write` (event loop only)."""
         self._composed += 1
-        return self._composed, encode(metadata)
+        return self._composed, encode(metadata, self._composed)
 
     def write(self, numbered: tuple[int, bytes]) -> None:
         """Make a text durable unless a younger one is already; any thread."""

@@ -6,8 +6,9 @@ copying of layers (copying.py); files and flushes are in store.py.
 One thread, the event loop's, calls everything, except: `read_into` without `nowait`, `layer_read`
 and `FlushJob.run` may run in another thread.
 
-What is durable when: `write` and `zero` after the next flush; `seal` after the next flush (a crash
-before it goes back to the state at the seal, minus unflushed writes, with the old head);
+What is durable when: `write` and `zero` after the next flush; `seal` after the next flush (a power
+cut before it goes back to the state at the seal, minus unflushed writes, with the old head; a kill
+of the process undoes nothing);
 `name_layer`, `remove`, `revert`, `promise`, `store_config`, `bind`, `begin_sync` and `end_sync` on
 return. Layer ids are never used twice in a volume.
 """
@@ -72,6 +73,7 @@ class Replica(Copying):
         try:
             metadata = file.read()
             file.reserve = Reserve(path)
+            metadata = cls._adopt_pending(path, file) or metadata
             if metadata.head_id == 0:  # stopped in the middle of begin_sync: nothing is here
                 empty = LayerInfo(id=1, slot=1)
                 metadata = replace(metadata, layers=(empty,), head_id=1, complete=False)
@@ -83,6 +85,7 @@ class Replica(Copying):
             replica.recovered_zones = recover(replica)
             replica.zones_recovered()
             replica.commit(replace(metadata, clean=False))
+            file.remove_pending()
         except OSError as error:
             os.close(lock_fd)
             raise storage_error("opening replica", path, error) from error
@@ -90,6 +93,22 @@ class Replica(Copying):
             os.close(lock_fd)
             raise
         return replica
+
+    @staticmethod
+    def _adopt_pending(path: str, file: MetadataFile) -> Metadata | None:
+        """Go on with the tree of a process killed before its seal was durable, durably now.
+
+        Nothing is removed before that: after a power cut the old head may be the head again.
+        """
+        metadata = file.read_pending()
+        if metadata is None:
+            return None
+        directory.check_layers(path, metadata)
+        for layer in metadata.layers:
+            directory.sync_file(layer_path(path, layer.id))
+        sync_directory(os.path.join(path, "layers"))
+        file.write(file.compose(metadata))
+        return metadata
 
     # Identity and promises
 
@@ -144,6 +163,7 @@ class Replica(Copying):
 
         Immediate; durable after the next flush.
         """
+        self.check_open()
         metadata = self.metadata
         chain.check_new_name(metadata.layers, name)
         old = chain.find(metadata.layers, metadata.head_id)
@@ -151,12 +171,18 @@ class Replica(Copying):
         layers = chain.replaced(metadata.layers, sealed)
         metadata = chain.with_new_head(replace(metadata, layers=layers), new_head_id, parent=old.id)
         self._create_head_file(new_head_id)
+        try:
+            head, marks = self._open_head(metadata)
+            self.file.write_pending(metadata)
+        except StorageError:
+            os.unlink(layer_path(self.path, new_head_id))
+            raise
         self.changed(self.head)
         self._opened.append(self.head)
         self._condemned.append((zeroed_path(self.head.path), None))
         self._names_changed = self.flushes_begun
         self.adopt(metadata)
-        self._adopt_head()
+        self._adopt_head(head, marks)
         self.layers_changed()
 
     def _create_head_file(self, layer_id: int) -> None:
@@ -185,6 +211,7 @@ class Replica(Copying):
         The layers between stay as a branch of the tree. Durable on return; a crash before the
         switch leaves the old state, after it the new one (the differing zones are dirty by then).
         """
+        self.check_open()
         self._sealed(layer_id)
         self.settle()
         metadata = self.metadata
@@ -207,6 +234,7 @@ class Replica(Copying):
         try:
             directory.sync_file(path)
             sync_directory(os.path.dirname(path))
+            head, marks = self._open_head(switched)
             self.commit(switched)
         except (OSError, StorageError) as error:
             if not self.failed:
@@ -217,10 +245,14 @@ class Replica(Copying):
         with self.changing():
             self.condemn(old.id, self.forget_slot(old.slot))
             self.adopt(switched)  # durable already; the next flush removes the old head's file
-            self._adopt_head()
+            self._adopt_head(head, marks)
             self._folder.reset()
-            for region in regions:
-                self.rebuild_index(region)
+            try:
+                for region in regions:
+                    self.rebuild_index(region)
+            except StorageError:
+                self.failed = True  # the index is half of the old head and half of the new one
+                raise
 
     def _sealed(self, layer_id: int) -> LayerInfo:
         """A layer that is neither the head nor deleted."""
@@ -245,6 +277,7 @@ class Replica(Copying):
         With `inline_flush` it flushes by itself when the work needs it, waiting for the disk.
         Without, it leaves that to the caller: see `flush_wanted`.
         """
+        self.check_open()
         if self.failed:
             return False
         fold = self.complete and not self.hold_folding

@@ -8,9 +8,9 @@ Invariants:
 - `layout` changes with every change of what a slot number means; a thread that read with an older
   layout throws its result away. It is odd while such a change is going on, and even otherwise.
 - A change of the tree by `seal` or at the end of folding is adopted at once and becomes durable
-  with the next flush (`metadata_pending`). All other changes of replica.json are durable before
-  they are adopted (`commit`), after a flush if one is pending, so replica.json never names a sealed
-  layer whose data is not durable.
+  with the next flush (`metadata_pending`); until then replica.pending.json tells of a seal. All
+  other changes of replica.json are durable before they are adopted (`commit`), after a flush if one
+  is pending, so replica.json never names a sealed layer whose data is not durable.
 - A layer in `unsynced` holds changes no completed flush covers. The head is part of every flush.
 - A flush that begins when nothing was written since the last completed one does nothing.
 """
@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-from protocol.errors import StorageError
+from protocol.errors import StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
 from snapshots import chain
 from snapshots.dirty import COOL, DirtyLog
@@ -54,6 +54,16 @@ class Store:
         self.layout = 0
         self._load(metadata)
 
+    @property
+    def closed(self) -> bool:
+        """The directory may belong to another process."""
+        return self._lock_fd < 0
+
+    def check_open(self) -> None:
+        """Refuse to touch a directory that was given free."""
+        if self._lock_fd < 0:
+            raise StateError(f"replica {self.path} was closed; open it again")
+
     def _load(self, metadata: Metadata) -> None:
         """Open all files of a tree; the caller has checked that they belong together."""
         self.metadata = metadata
@@ -75,22 +85,26 @@ class Store:
         self._index = self.index.memory
         self._index_ready = self.index.ready
         self._zones = self.dirty.zones
-        self._adopt_head()
+        self._adopt_head(*self._open_head(metadata))
 
-    def _adopt_head(self) -> None:
-        """Point the data path's shortcuts at the head named by the metadata."""
-        info = chain.find(self.metadata.layers, self.metadata.head_id)
+    def _open_head(self, metadata: Metadata) -> tuple[LayerFile, ZeroedMarks]:
+        """Open the files of the head that `metadata` names; nothing changes yet."""
+        info = chain.find(metadata.layers, metadata.head_id)
         path = layer_path(self.path, info.id)
-        self.head = LayerFile(path, info.slot, self.size_bytes)
-        self.handles[info.slot] = self.head
-        self.marks = ZeroedMarks(path, self.block_count)
+        head = LayerFile(path, info.slot, self.size_bytes)
+        return head, ZeroedMarks(path, self.block_count)
+
+    def _adopt_head(self, head: LayerFile, marks: ZeroedMarks) -> None:
+        """Point the data path's shortcuts at the head named by the metadata; cannot fail."""
+        self.head, self.marks = head, marks
+        self.handles[head.slot] = head
         self.complete = self.metadata.complete
         self.layered = True
         self._refresh_layered()
         self._head_fd = self.head.fd
         self._head_map = self.head.map
         self._head_ready = self.head.ready
-        self._head_slot = info.slot
+        self._head_slot = head.slot
 
     def _refresh_layered(self) -> None:
         """Whether anything can lie below the head: it has a parent, durably, or may get one."""
@@ -182,6 +196,7 @@ class Store:
 
         `metadata` must not depend on a pending change being absent: a flush may come first.
         """
+        self.check_open()
         self.settle()
         try:
             self.file.write(self.file.compose(metadata))
@@ -205,6 +220,7 @@ class Store:
 
     def flush_begin(self) -> FlushJob:
         """Collect what must become durable. Event loop; run the job in any thread."""
+        self.check_open()
         if self.failed:
             raise failed_error(self.path)
         self.flushes_begun += 1
@@ -237,7 +253,7 @@ class Store:
     def flush_end(self, job: FlushJob) -> None:
         """Take note of a finished job (also of a failed one). Event loop."""
         self._flushes_running -= 1
-        if not job.succeeded:
+        if not job.succeeded or self.closed:
             return
         self.file.reserve.refill()
         sequence = job.sequence
@@ -294,9 +310,11 @@ class Store:
             raise failed_error(self.path) from error
         remove_files([path for path, _ in self._condemned])
         self.commit(replace(self.metadata, clean=True))
+        self.file.remove_pending()
 
     def abandon(self) -> None:
         """Give the directory free and make nothing durable: what a kill -9 leaves behind."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+            self._head_ready = bytearray(len(self._head_ready))  # writes take the slow way: refused

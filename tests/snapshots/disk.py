@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from snapshots import metadata
+
 PAGE_BYTES = 4096
 SECTOR_BYTES = 512
 ZERO = bytes(PAGE_BYTES)
@@ -53,6 +55,7 @@ class VolatileDisk:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = str(directory)
         self.durable: dict[str, Pages] = {}
+        self.boots = 1
         real_fdatasync, real_pwritev, real_rename = os.fdatasync, os.pwritev, os.rename
 
         def fsync(fd: int) -> None:
@@ -74,6 +77,7 @@ class VolatileDisk:
             if source in self.durable:
                 self.durable[target] = self.durable.pop(source)
 
+        monkeypatch.setattr(metadata, "boot_id", lambda: f"boot {self.boots}")
         for name, function in (
             ("fsync", fsync),
             ("fdatasync", fsync),
@@ -93,11 +97,13 @@ class VolatileDisk:
 
     def cut_power(self, random: Random) -> None:
         """Rewrite all files to something a power cut could have left."""
+        self.boots += 1
         for path in self._files():
             self._settle(path, random)
 
     def cut_power_keeping(self, kept: Callable[[str, int], bool]) -> None:
         """A power cut where `kept(file name, page number)` says which changed pages survive."""
+        self.boots += 1
         for path in self._files():
             before, now = self.durable.get(path, {}), read_pages(path)
             with open(path, "r+b", buffering=0) as file:

@@ -54,7 +54,7 @@ def test_a_newer_format_is_refused_by_version(path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 1)
     content = metadata.read()
     monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 2)
-    Path(text).write_bytes(metadata_module.encode(content))
+    Path(text).write_bytes(metadata_module.encode(content, 9))
     monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 1)
     with pytest.raises(StorageError, match="format version 2"):
         Replica.open(path)
@@ -71,7 +71,7 @@ def test_an_impossible_tree_is_refused(path: Path) -> None:
         (first,),  # no head
         (first, replace(second, slot=256)),
     ):
-        text = metadata_module.encode(replace(metadata, layers=layers))
+        text = metadata_module.encode(replace(metadata, layers=layers), 9)
         with pytest.raises(StorageError, match="impossible"):
             metadata_module.decode("replica.json", text)
 

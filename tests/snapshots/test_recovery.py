@@ -116,16 +116,72 @@ def test_a_block_overwritten_in_place_without_its_entry_is_new(
     assert cut(model, disk, lambda name, page: page == DATA_PAGE) == fill(3)
 
 
-def test_a_seal_that_was_not_flushed_is_undone_by_a_crash(model: Model) -> None:
+def test_a_seal_that_was_not_flushed_is_undone_by_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = VolatileDisk(tmp_path, monkeypatch)
+    model = Model(tmp_path / "replica")
     model.write(BLOCK, [1])
     model.replica.flush()
     model.seal()
     model.write(BLOCK, [2])
-    kill(model.replica)
-    replica = Replica.open(model.path)
-    assert [layer.id for layer in replica.tree()] == [1]
-    assert read_blocks(replica, BLOCK, 1) == [fill(1)]
+    assert cut(model, disk, lambda name, page: True) == fill(1)
+    assert [layer.id for layer in model.replica.tree()] == [1]
     assert sorted(os.listdir(model.path / "layers")) == ["1.layer"]
+
+
+def test_a_killed_process_loses_no_write_before_or_after_an_unflushed_seal(model: Model) -> None:
+    model.write(BLOCK, [1])
+    model.replica.flush()
+    model.write(BLOCK + 1, [2])
+    model.seal()
+    model.write(BLOCK, [3])
+    model.seal()
+    model.write(BLOCK + 2, [4])
+    for _ in range(2):
+        kill(model.replica)
+        model.replica = Replica.open(model.path)
+        assert [layer.id for layer in model.replica.tree()] == [1, 2, 3]
+        model.check()
+    assert not os.path.exists(model.path / "replica.pending.json")
+
+
+def test_an_unflushed_seal_that_a_restart_took_over_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = VolatileDisk(tmp_path, monkeypatch)
+    model = Model(tmp_path / "replica")
+    model.write(BLOCK, [1])
+    model.seal()
+    kill(model.replica)
+    model.replica = Replica.open(model.path)
+    assert cut(model, disk, lambda name, page: False) == fill(1)
+    assert [layer.id for layer in model.replica.tree()] == [1, 2]
+    model.check()
+
+
+def test_a_second_seal_during_the_flush_of_the_first_survives_a_kill(model: Model) -> None:
+    model.write(BLOCK, [1])
+    model.seal()
+    job = model.replica.flush_begin()
+    model.write(BLOCK, [2])
+    model.seal()
+    model.write(BLOCK, [3])
+    job.run()  # replica.json now has the first seal only
+    kill(model.replica)
+    model.replica = Replica.open(model.path)
+    assert [layer.id for layer in model.replica.tree()] == [1, 2, 3]
+    model.check()
+
+
+def test_a_note_of_a_seal_that_is_durable_already_is_ignored(model: Model) -> None:
+    model.seal()
+    model.replica.flush()
+    model.remove(1)
+    kill(model.replica)
+    assert os.path.exists(model.path / "replica.pending.json")
+    model.replica = Replica.open(model.path)
+    assert model.replica.tree()[0].removed
 
 
 def count_maps_read(patch: pytest.MonkeyPatch) -> list[int]:
