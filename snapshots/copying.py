@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from protocol.errors import StateError, StorageError
+from protocol.errors import RequestError, StateError, StorageError
 from protocol.units import (
     BLOCK_BYTES,
     BLOCKS_PER_REGION,
@@ -47,6 +47,7 @@ class Copying(DataPath):
         Returns the bytes used, at most LAYER_READ_BYTES_MAX.
         """
         layer = self._layer(layer_id)
+        self._check_region(layer, region)
         entries = self._without_shadowed(layer_id, region, layer.map_block(region))
         target[:BLOCK_BYTES] = entries
         used = BLOCK_BYTES
@@ -77,11 +78,16 @@ class Copying(DataPath):
         """Replace a region of a layer by what `layer_read` gave on another replica."""
         self.check_open()
         layer = self._layer(layer_id)
-        zone = region // REGIONS_PER_ZONE
-        if self.complete or layer is self.head:
-            self.mark_dirty(zone, zone)
-        layer.make_writable(region)
+        self._check_region(layer, region)
+        if entries.nbytes != BLOCK_BYTES:
+            raise RequestError(f"{entries.nbytes} bytes of map entries, expected {BLOCK_BYTES}")
         present, with_data = masks(bytes(entries))
+        expected = with_data.bit_count() // 8 * BLOCK_BYTES
+        if data.nbytes != expected:
+            raise RequestError(f"{data.nbytes} bytes of data, the map entries name {expected}")
+        if self.complete or layer is self.head:
+            self.mark_dirty([region // REGIONS_PER_ZONE])
+        layer.make_writable(region)
         first_block, used = region * BLOCKS_PER_REGION, 0
         for start, count in runs(with_data):
             length = count * BLOCK_BYTES
@@ -94,6 +100,7 @@ class Copying(DataPath):
             layer.punch(first_block + start, count)
         self.changed(layer)
         self.layers_changed()
+        self.content_replaced()
         if self.complete:
             self.rebuild_index(region)
 
@@ -142,8 +149,12 @@ class Copying(DataPath):
             self.failed = True
             raise
         self.commit(target)
-        with self.changing():
-            self._load(target)
+        try:
+            with self.changing():
+                self._load(target)
+        except StorageError:
+            self.failed = True
+            raise
         self.content_replaced()
 
     def end_sync(self) -> None:
@@ -154,9 +165,8 @@ class Copying(DataPath):
         regions: set[int] = set()
         for info in layers:
             regions.update(self._layer(info.id).regions())
+        self.mark_dirty({region // REGIONS_PER_ZONE for region in regions})
         for region in sorted(regions):
-            zone = region // REGIONS_PER_ZONE
-            self.mark_dirty(zone, zone)
             self.rebuild_index(region)
         self.flush()
         try:
@@ -169,7 +179,12 @@ class Copying(DataPath):
         self._refresh_layered()
 
     def content_replaced(self) -> None:
-        """Called by begin_sync after everything is new; for subclasses with state."""
+        """Called when content was replaced from outside; for subclasses with state."""
+
+    @staticmethod
+    def _check_region(layer: LayerFile, region: int) -> None:
+        if not 0 <= region < layer.region_count:
+            raise RequestError(f"region {region} is not among the {layer.region_count} there are")
 
     def _layer(self, layer_id: int) -> LayerFile:
         return self._handle(chain.find(self.metadata.layers, layer_id).slot)

@@ -23,7 +23,7 @@ import os
 import struct
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import NotFoundError, StateError, StorageError
@@ -64,14 +64,14 @@ class DataPath(Store):
 
     # Writing
 
-    def mark_dirty(self, first_zone: int, last_zone: int) -> None:
+    def mark_dirty(self, numbers: Collection[int]) -> None:
         """Make zones ready to be written: their index pages allocated, their dirty bits durable."""
         self.check_open()
         zones = self._zones
-        for zone in range(first_zone, last_zone + 1):
+        for zone in numbers:
             if zones[zone] == CLEAN:
                 self.index.make_writable(zone)
-        self.dirty.mark(first_zone, last_zone)
+        self.dirty.mark(numbers)
 
     def _prepare(self, first_block: int, count: int) -> None:
         """Everything a write to these blocks needs besides the data's own space."""
@@ -80,7 +80,7 @@ class DataPath(Store):
         first_zone, last_zone = first_block // BLOCKS_PER_ZONE, last_block // BLOCKS_PER_ZONE
         states = self._zones[first_zone : last_zone + 1]
         if states.count(HOT) != len(states):
-            self.mark_dirty(first_zone, last_zone)
+            self.mark_dirty(range(first_zone, last_zone + 1))
         for region in range(first_block >> 10, (last_block >> 10) + 1):
             if self._head_ready[region] != WRITABLE:
                 self.head.make_writable(region)

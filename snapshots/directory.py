@@ -3,6 +3,7 @@
 replica.json   metadata.py      layers/<id>.layer    layer.py
 index          index.py         layers/<id>.zeroed   zeroed.py, only next to the head
 dirty.log      dirty.py         lock                 held with flock(2) by the owner, has its pid
+reserve        reserve.py       replica.pending.json metadata.py, between a seal and its flush
 """
 
 from __future__ import annotations
@@ -17,24 +18,37 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, check_size
 from snapshots.dirty import dirty_bytes
 from snapshots.index import index_bytes
 from snapshots.layer import check_layer, create_layer, layer_path
-from snapshots.metadata import FILE_NAME, LayerInfo, Metadata, MetadataFile
+from snapshots.metadata import FILE_NAME, PENDING_NAME, LayerInfo, Metadata, MetadataFile
 from snapshots.reserve import Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
 from snapshots.zeroed import zeroed_path
 
+_OWN_NAMES = {"index", "dirty.log", "reserve", "lock", PENDING_NAME, PENDING_NAME + ".tmp"}
+_OWN_NAMES |= {FILE_NAME, FILE_NAME + ".tmp"}
+
 
 def create(path: str, metadata: Metadata) -> None:
-    """Make a new replica directory with empty layers, durably."""
+    """Make a new replica directory with empty layers, durably.
+
+    A directory that holds only what an interrupted create left over counts as empty.
+    """
     check_size(metadata.size_bytes)
     try:
         os.makedirs(path, exist_ok=True)
-        found = os.listdir(path)
+        _check_empty(path)
     except OSError as error:
         raise storage_error("creating replica directory", path, error) from error
-    if FILE_NAME in found:
-        raise ConflictError(f"{path} is a replica already; remove it first or choose another path")
-    if found and found != ["lost+found"]:
-        raise RequestError(f"{path} is not empty (it has {found[0]!r}); choose an empty directory")
+    lock_fd = lock(path)
+    try:
+        _check_empty(path)  # nobody else is creating one here from now on
+        _create_locked(path, metadata)
+    except OSError as error:
+        raise storage_error("creating replica", path, error) from error
+    finally:
+        os.close(lock_fd)
+
+
+def _create_locked(path: str, metadata: Metadata) -> None:
     try:
         make_files(path, metadata)
         file = MetadataFile(path)
@@ -43,16 +57,29 @@ def create(path: str, metadata: Metadata) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file.write(file.compose(metadata))
         sync_directory(os.path.dirname(os.path.abspath(path)))
-    except (OSError, StorageError) as error:
+    except (OSError, StorageError):
         remove_layers(path, ())
-        for name in ("index", "dirty.log", "reserve", FILE_NAME + ".tmp", FILE_NAME):
+        for name in _OWN_NAMES:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(path, name))
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(path, "layers"))
-        if isinstance(error, StorageError):
-            raise
-        raise storage_error("creating replica", path, error) from error
+        raise
+
+
+def _check_empty(path: str) -> None:
+    """Refuse a replica, and a directory with anything that is not ours."""
+    found = os.listdir(path)
+    if FILE_NAME in found:
+        raise ConflictError(f"{path} is a replica already; remove it first or choose another path")
+    foreign = [name for name in found if name not in _OWN_NAMES | {"layers", "lost+found"}]
+    if "layers" in found:
+        layers = os.listdir(os.path.join(path, "layers"))
+        foreign += [f"layers/{name}" for name in layers if not name.endswith((".layer", ".zeroed"))]
+    if foreign:
+        raise RequestError(
+            f"{path} is not empty (it has {foreign[0]!r}); choose an empty directory"
+        )
 
 
 def make_files(path: str, metadata: Metadata) -> None:
@@ -73,7 +100,9 @@ def make_files(path: str, metadata: Metadata) -> None:
 
 
 def _make_file(path: str, length: int, *, filled: bool) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    with contextlib.suppress(FileNotFoundError):  # a thread may have the old one mapped
+        os.unlink(path)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if filled:
             write_all(fd, bytes(length), 0)
@@ -106,6 +135,9 @@ def lock(path: str) -> int:
         raise ConflictError(
             f"replica {path} is in use by process {holder}; stop that process first"
         ) from error
+    if os.fstat(fd).st_nlink == 0:
+        os.close(fd)
+        raise ConflictError(f"{path} is just being removed; look what is there and try again")
     with contextlib.suppress(OSError):  # the pid only helps whoever finds the lock taken
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -16,6 +16,7 @@ A power cut can tear a page of the file at sector bounds: each sector is old or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 
@@ -59,10 +60,11 @@ class DirtyLog:
         """All zones whose bit is set."""
         return [zone for zone, state in enumerate(self.zones) if state != CLEAN]
 
-    def mark(self, first: int, last: int) -> None:
+    def mark(self, numbers: Iterable[int]) -> None:
         """Make zones HOT; returns when every bit is durable. On failure no state has changed."""
         zones = self.zones
-        clean = [zone for zone in range(first, last + 1) if zones[zone] == CLEAN]
+        numbers = list(numbers)
+        clean = [zone for zone in numbers if zones[zone] == CLEAN]
         if clean:
             for zone in clean:
                 self._bits[zone >> 3] |= 1 << (zone & 7)
@@ -72,7 +74,7 @@ class DirtyLog:
                 for zone in clean:
                     self._bits[zone >> 3] &= ~(1 << (zone & 7)) & 0xFF
                 raise storage_error("writing", self.path, error) from error
-        for zone in range(first, last + 1):
+        for zone in numbers:
             if zones[zone] != HOT:
                 zones[zone] = HOT
                 self.hot.append(zone)
@@ -86,15 +88,16 @@ class DirtyLog:
         return cooled
 
     def clear(self, zones: Iterable[int]) -> None:
-        """Clear the bits of those of `zones` that are still COOL."""
+        """Clear the bits of those of `zones` that are still COOL.
+
+        Never fails: a bit that stays set in the file costs work after a crash and nothing else.
+        """
         cold = [zone for zone in zones if self.zones[zone] == COOL]
         for zone in cold:
             self._bits[zone >> 3] &= ~(1 << (zone & 7)) & 0xFF
             self.zones[zone] = CLEAN
-        try:
+        with contextlib.suppress(OSError):
             self._write_pages(cold, 0)
-        except OSError as error:
-            raise storage_error("writing", self.path, error) from error
 
     def sync(self) -> None:
         """Make cleared bits durable too."""

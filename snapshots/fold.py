@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import StorageError
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.datapath import DataPath
 from snapshots.layer import LayerFile
@@ -171,7 +171,7 @@ class Folder:
     def _prepare_head(self, child: LayerFile, block: int) -> None:
         """Allocate what stage 2 stores to, so that it cannot run out of space."""
         zone = block // BLOCKS_PER_ZONE
-        self._store.mark_dirty(zone, zone)
+        self._store.mark_dirty([zone])
         if child is self._store.head:
             self._store.marks.make_writable(zone)
 
@@ -181,7 +181,7 @@ class Folder:
         store = self._store
         region = batch.first_block // BLOCKS_PER_REGION
         if any(batch.moved):
-            store.mark_dirty(region // 4, region // 4)
+            store.mark_dirty([region // REGIONS_PER_ZONE])
             child.make_writable(region)
             self._forget_damaged(batch, child)
         shift = (region << 20) + 1024  # layer.entry_number

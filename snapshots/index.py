@@ -31,7 +31,10 @@ class Index:
         self.path = path
         self.fd = -1
         self.fd = open_sized(path, index_bytes(block_count))
-        self.memory = mmap.mmap(self.fd, index_bytes(block_count))
+        try:
+            self.memory = mmap.mmap(self.fd, index_bytes(block_count))
+        except OSError as error:
+            raise storage_error("mapping", path, error) from error
         self.ready = bytearray(index_bytes(block_count) // BLOCKS_PER_ZONE)  # 1: page was read once
 
     def __del__(self) -> None:

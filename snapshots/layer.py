@@ -130,9 +130,9 @@ class LayerFile:
             self.mapped_bytes = os.fstat(self.fd).st_size
             assert self.mapped_bytes == file_bytes(size_bytes), path
             self.memory = mmap.mmap(self.fd, self.mapped_bytes)
+            self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
         except OSError as error:
             raise storage_error("opening layer", path, error) from error
-        self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
         self.map = memoryview(self.memory).cast("I")
         self.region_count = -(-size_bytes // REGION_BYTES)
         self.ready = bytearray(self.region_count)

@@ -9,8 +9,9 @@ does not come out byte for byte the same when encoded again is refused.
 Writes may come from the event loop and from a flush thread; each text carries its number, the
 generation, given when it was composed, and an older text never replaces a younger one.
 
-Next to it `replica.pending.json` says what the tree became after replica.json was written: the id
-of this boot of the kernel and a text as above, renamed into place without any fsync. A process that
+Next to it `replica.pending.json` says what the tree became after replica.json was written, in three
+lines: the id of this boot of the kernel, a checksum, the fields. It is written within a millisecond
+and renamed into place without any fsync. A process that
 was killed left all its writes in the page cache, so its successor goes on with that tree if the
 boot is still the same and the text is younger than replica.json. After a power cut it is ignored.
 """
@@ -21,7 +22,7 @@ import contextlib
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.checksum import blake2b
@@ -79,20 +80,29 @@ def boot_id() -> str:
 
 def encode(metadata: Metadata, generation: int) -> bytes:
     """The canonical text."""
-    fields = asdict(metadata)
-    if generation:  # texts of before there were generations have none
-        fields["generation"] = generation
-    fields["format_version"] = FORMAT_VERSION
-    fields["layers"] = [
-        {key: value for key, value in layer.items() if key != "allocated_bytes"}
-        for layer in fields["layers"]
-    ]
+    fields = _fields(metadata, generation)
     fields["checksum"] = blake2b(_text(fields), digest_size=16).hexdigest()
     return _text(fields)
 
 
+def _fields(metadata: Metadata, generation: int) -> dict[str, Any]:
+    fields = dict(vars(metadata))
+    if generation:  # texts of before there were generations have none
+        fields["generation"] = generation
+    fields["format_version"] = FORMAT_VERSION
+    fields["layers"] = [
+        {key: value for key, value in vars(layer).items() if key != "allocated_bytes"}
+        for layer in metadata.layers
+    ]
+    return fields
+
+
 def _text(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=True).encode() + b"\n"
+
+
+def _line_checksum(text: bytes) -> bytes:
+    return blake2b(text, digest_size=16).hexdigest().encode()
 
 
 def decode(path: str, text: bytes) -> tuple[Metadata, int]:
@@ -182,16 +192,22 @@ class MetadataFile:
         """After `read`: the tree a killed process went on to without it being durable yet."""
         try:
             with open(self._pending_path, "rb") as file:
-                boot, _, text = file.read(_TEXT_BYTES_MAX).partition(b"\n")
+                boot, checksum, text = (file.read(_TEXT_BYTES_MAX) + b"\n\n").split(b"\n")[:3]
         except FileNotFoundError:
             return None
         except OSError as error:
             raise storage_error("reading", self._pending_path, error) from error
         if not boot or boot != boot_id().encode():
             return None
-        metadata, generation = decode(self._pending_path, text)
-        if generation <= self._written:
+        if checksum != _line_checksum(text):
+            raise StorageError(f"{self._pending_path} is damaged; rebuild this replica")
+        fields = json.loads(text)
+        generation = int(fields.pop("generation"))
+        if generation <= self._written or fields.pop("format_version") != FORMAT_VERSION:
             return None
+        layers = tuple(LayerInfo(**layer) for layer in fields.pop("layers"))
+        metadata = Metadata(layers=layers, **fields)
+        check_tree(self._pending_path, metadata)
         self._composed = max(self._composed, generation)
         return metadata
 
@@ -201,7 +217,8 @@ class MetadataFile:
         if not boot:
             return
         self._composed += 1
-        text = boot.encode() + b"\n" + encode(metadata, self._composed)
+        text = json.dumps(_fields(metadata, self._composed)).encode()
+        text = b"\n".join((boot.encode(), _line_checksum(text), text))
         temporary = self._pending_path + ".tmp"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -227,8 +227,7 @@ class Replica(Copying):
         regions: set[int] = set()
         for differing in before ^ after:
             regions.update(self.layer_file(differing).regions())
-        for region in regions:
-            self.mark_dirty(region // REGIONS_PER_ZONE, region // REGIONS_PER_ZONE)
+        self.mark_dirty({region // REGIONS_PER_ZONE for region in regions})
         self._create_head_file(new_head_id)
         path = layer_path(self.path, new_head_id)
         try:
@@ -292,5 +291,5 @@ class Replica(Copying):
         return more or self._index_wanted
 
     def content_replaced(self) -> None:
-        """Everything is new after begin_sync; nothing is being folded."""
+        """Whatever was being folded may be different now."""
         self._folder.reset()

@@ -36,7 +36,10 @@ class Reserve:
 
     def release(self) -> None:
         """Give the space to whoever asks next."""
-        punch(self.fd, 0, RESERVE_BYTES)
+        try:
+            punch(self.fd, 0, RESERVE_BYTES)
+        except OSError as error:
+            raise storage_error("releasing", self.path, error) from error
         self._filled = False
 
     def refill(self) -> bool:

@@ -46,9 +46,13 @@ class ZeroedMarks:
             os.close(self.fd)
 
     def _open(self) -> None:
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(self.fd, self._bytes)
-        self._memory = mmap.mmap(self.fd, self._bytes)
+        try:
+            if self.fd < 0:
+                self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.ftruncate(self.fd, self._bytes)
+            self._memory = mmap.mmap(self.fd, self._bytes)
+        except OSError as error:
+            raise storage_error("opening", self.path, error) from error
 
     def make_writable(self, zone: int) -> None:
         """Allocate the page of a zone."""

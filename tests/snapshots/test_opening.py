@@ -144,7 +144,7 @@ def test_a_refused_open_gives_the_lock_back(path: Path) -> None:
 
 def test_a_failed_sync_is_never_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = Replica.open(path)
-    replica.mark_dirty(0, 0)
+    replica.mark_dirty([0])
 
     def failing(fd: int) -> None:
         raise OSError(errno.EIO, "broken")
