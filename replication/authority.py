@@ -15,7 +15,9 @@ loads the record again and compares the version.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 from protocol.errors import ConflictError, NotFoundError, StorageError
 
 IN_SYNC, SYNCING, OUT = "IN_SYNC", "SYNCING", "OUT"
+RESERVE_BYTES = 1 << 20  # a dozen changes of a record with 254 snapshots
 BUSY_TIMEOUT_SECONDS = 10.0  # longest wait for another process's commit; commits take milliseconds
 
 T = TypeVar("T")
@@ -132,6 +135,7 @@ class SqliteAuthority:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._reserve = f"{path}.reserve"
         self._call(_use_wal)
         self._call(
             lambda db: db.execute(
@@ -206,17 +210,49 @@ class SqliteAuthority:
         return self._call(select)
 
     def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work` in one transaction on a connection of its own (threads call this)."""
+        """Run `work` in one transaction on a connection of its own (threads call this).
+
+        A member that had no space must be recorded as OUT even though the disk is full: the space
+        of a reserve file is given back for that, and taken again when there is some.
+        """
         try:
-            with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS)) as db:
-                db.execute("PRAGMA synchronous=FULL")
-                with db:
-                    return work(db)
+            try:
+                result = self._transaction(work)
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error) or not self._release_reserve():
+                    raise
+                result = self._transaction(work)
         except sqlite3.Error as error:
             raise StorageError(
                 f"the volume records in {self.path} cannot be used: {error}; "
                 "check the file, its directory and the free space"
             ) from None
+        self._take_reserve()
+        return result
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS)) as db:
+            db.execute("PRAGMA synchronous=FULL")
+            with db:
+                return work(db)
+
+    def _take_reserve(self) -> None:
+        with contextlib.suppress(OSError):  # none to be had now: the next change tries again
+            if not os.path.exists(self._reserve):
+                fd = os.open(self._reserve, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+                try:
+                    os.posix_fallocate(fd, 0, RESERVE_BYTES)
+                except OSError:
+                    os.unlink(self._reserve)
+                finally:
+                    os.close(fd)
+
+    def _release_reserve(self) -> bool:
+        try:
+            os.unlink(self._reserve)
+        except OSError:
+            return False
+        return True
 
 
 def _use_wal(db: sqlite3.Connection) -> None:

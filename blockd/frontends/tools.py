@@ -11,7 +11,7 @@ from protocol.errors import StateError
 TOOL_SECONDS = 300.0  # an unmount first writes back what the page cache holds of the volume
 
 PACKAGES = {
-    "nbdfuse": "nbdfuse",
+    "nbdfuse": "libnbd-bin",  # in newer releases a package of its own, nbdfuse
     "losetup": "mount",
     "mount": "mount",
     "umount": "mount",

@@ -180,7 +180,7 @@ def test_a_mount_point_with_files_in_it_is_refused(node: NodeHarness) -> None:
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "path_of", lambda tool: None)
     assert tools.missing("nbdfuse", "losetup") == (
-        "nbdfuse, losetup not installed; apt-get install mount nbdfuse"
+        "nbdfuse, losetup not installed; apt-get install libnbd-bin mount"
     )
     with pytest.raises(tools.ToolError, match=r"mkfs\.xfs is not installed; .* xfsprogs"):
         tools.run("mkfs.xfs", [])

@@ -4,10 +4,12 @@ processes, and whatever is wrong with the file is a StorageError.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import sqlite3
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -283,3 +285,30 @@ def test_another_state_is_another_configuration() -> None:
     assert changed.members["r0"] == RECORD.members["r0"]
     assert changed.config_seq == RECORD.config_seq + 1
     assert RECORD.members["r1"].state == OUT
+
+
+def test_a_full_disk_still_takes_the_change_that_puts_a_member_out(tmp_path: Path) -> None:
+    """On a real small file system; needs root for the mount."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], check=True)
+    try:
+        authority = SqliteAuthority(str(mount / "state.db"))
+        record = authority.create(RECORD)
+        with open(mount / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        out = next(iter(record.members))
+        for state in ("OUT", "SYNCING", "OUT"):
+            record = authority.swap(record.with_state(out, state))
+        loaded = authority.load(record.volume_uuid)
+        assert loaded is not None
+        assert loaded.members[out].state == "OUT"
+        assert not (mount / "state.db.reserve").exists()
+        (mount / "filler").unlink()
+        authority.swap(record.with_state(out, "SYNCING"))
+        assert (mount / "state.db.reserve").stat().st_blocks * 512 >= 1 << 20
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
