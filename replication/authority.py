@@ -219,7 +219,9 @@ class SqliteAuthority:
             try:
                 result = self._transaction(work)
             except sqlite3.OperationalError as error:
-                if "full" not in str(error) or not self._release_reserve():
+                # "disk I/O error" is what it says when the shared-memory file finds no space.
+                no_space = "full" in str(error) or "disk I/O error" in str(error)
+                if not no_space or not self._release_reserve():
                     raise
                 result = self._transaction(work)
         except sqlite3.Error as error:
