@@ -18,7 +18,7 @@ from snapshots.replica import Replica
 from tests.snapshots.disk import SECTOR_BYTES, VolatileDisk
 from tests.snapshots.model import REGION, Model, kill, read_blocks
 
-SEEDS = 40
+SEEDS = 32
 STEPS = 60
 FIRST, COUNT = REGION - 2, 5  # few blocks, so that many operations meet on each
 BLOCKS = range(FIRST, FIRST + COUNT)
