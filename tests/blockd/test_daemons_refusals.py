@@ -245,6 +245,21 @@ def test_an_address_in_use_stays_with_its_user(tmp_path: Path, daemons: list[Dae
     assert (tmp_path / "plain").read_text() == "no socket"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A volume with a record, and a letter; after all refusals both are as they were."""
+    directory = tmp_path_factory.mktemp("kept")
+    created(directory, "r", "16M")
+    (directory / "text").write_text("this is no database, it is a letter\n" * 50)
+    made = volume(directory, replicas=(f"dir:{directory}/r",)).start()
+    assert made.end() == 0
+    yield directory
+    assert (directory / "text").read_text().startswith("this is no database")
+    made.start()
+    assert made.must("status")["health"] == "healthy"
+    assert made.end() == 0
+
+
 @pytest.mark.parametrize(
     ("options", "codes"),
     [
@@ -264,18 +279,9 @@ def test_an_address_in_use_stays_with_its_user(tmp_path: Path, daemons: list[Dae
     ids=lambda value: " ".join(map(str, value))[:40],
 )
 def test_an_unusable_file_or_identity_is_one_clear_line(
-    tmp_path: Path, options: tuple[str, ...], codes: tuple[int, ...]
+    kept: Path, options: tuple[str, ...], codes: tuple[int, ...]
 ) -> None:
-    created(tmp_path, "r", "16M")
-    (tmp_path / "text").write_text("this is no database, it is a letter\n" * 50)
-    address = f"dir:{tmp_path}/r"
-    made = volume(tmp_path, replicas=(address,)).start()  # the record exists
-    assert made.end() == 0
-    words = [word.format(dir=tmp_path) for word in options]
-    daemon = volume(tmp_path, *words, replicas=(address,))
+    words = [word.format(dir=kept) for word in options]
+    daemon = volume(kept, *words, replicas=(f"dir:{kept}/r",))
     code, said = daemon.refused()
     assert code in codes, said
-    assert (tmp_path / "text").read_text().startswith("this is no database")
-    again = volume(tmp_path, replicas=(address,)).start()
-    assert again.must("status")["health"] == "healthy"
-    assert again.end() == 0
