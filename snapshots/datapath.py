@@ -313,7 +313,7 @@ class DataPath(Store):
             raise StateError(f"replica {self.path} is incomplete; read from another member")
         if not nowait and threading.get_ident() != self._owner_thread:
             return self._read_in_thread(first_block, count, target, layer_id)
-        flags = os.RWF_NOWAIT if nowait else 0
+        flags = self.nowait_flag if nowait else 0
         if count == 1 and layer_id == 0 and self._index_ready[first_block >> 12]:
             slot = self._index[first_block]
             if slot == 0:

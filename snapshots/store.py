@@ -32,6 +32,7 @@ from snapshots.index import Index
 from snapshots.layer import LayerFile, layer_path
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.reserve import FULL_DISK
+from snapshots.syscalls import nowait_flag
 from snapshots.zeroed import ZeroedMarks, zeroed_path
 
 MAPPED_BYTES_MAX = 64 << 40  # half of the 128 TiB a process on x86-64 can address
@@ -52,6 +53,7 @@ class Store:
         self.flushes_done = 0  # the highest sequence number that succeeded
         self._flushes_running = 0
         self.layout = 0
+        self.nowait_flag = nowait_flag(path)
         self._load(metadata)
 
     @property

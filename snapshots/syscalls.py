@@ -77,3 +77,19 @@ def storage_error(action: str, path: str, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "; free space on this disk, delete snapshots or trim the volume"
     return StorageError(f"{action} {path}: {error.strerror}{hint}", errno=error.errno)
+
+
+def nowait_flag(directory: str) -> int:
+    """RWF_NOWAIT, or 0 where the file system does not know it (tmpfs: its reads never wait)."""
+    fd = os.open(os.path.join(directory, "replica.json"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return 0
+        raise
+    finally:
+        os.close(fd)
+    return os.RWF_NOWAIT

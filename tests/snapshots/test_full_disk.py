@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from protocol.checksum import block_checksums
 from protocol.errors import StorageError
 from snapshots import syscalls
 from snapshots.replica import Replica
@@ -260,4 +261,17 @@ def test_a_really_full_disk_fills_empties_and_goes_on(small_disk: Path) -> None:
         number = first + (100_000 if first < refused else 1)
         assert read_blocks(replica, first, 1) == [number.to_bytes(4, "little") * 1024]
     replica.promise(5)
+    replica.close()
+
+
+def test_reads_work_on_a_file_system_without_nowait_reads(small_disk: Path) -> None:
+    """tmpfs refuses RWF_NOWAIT; a read that may not block is then a plain one."""
+    path = small_disk / "replica"
+    Replica.create(path, size_bytes=1 << 20, replica_uuid="r")
+    replica = Replica.open(path)
+    data = memoryview(b"n" * 8192)
+    replica.write(0, 2, data, block_checksums(data))
+    target = memoryview(bytearray(4 * 4100))
+    assert replica.read_into(0, 1, target, nowait=True) == 4100
+    assert replica.read_into(0, 4, target, nowait=True) == 16 + 8192
     replica.close()
