@@ -76,15 +76,12 @@ def check(client: NbdClient, written: dict[int, bytes]) -> None:
         assert client.read(offset, PIECE) == data, f"at {offset}"
 
 
-NO_NOWAIT = pytest.mark.xfail(
-    strict=True, reason="a file system without RWF_NOWAIT (tmpfs, overlayfs) cannot be read from"
-)
 NO_RESERVE = pytest.mark.xfail(  # not strict: it depends on where the last free block is
     reason="ext4 does not punch beyond the end of a file: the reserve stays taken"
 )
 
 
-@pytest.mark.parametrize("kind", [pytest.param("tmpfs", marks=NO_NOWAIT), "ext4"])
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_when_all_disks_are_full_writes_fail_and_trim_makes_room(tmp_path: Path, kind: str) -> None:
     source = random.Random(5)
     with on_small_disks(tmp_path, [0, 1, 2], kind) as made:
