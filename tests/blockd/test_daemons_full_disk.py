@@ -76,11 +76,6 @@ def check(client: NbdClient, written: dict[int, bytes]) -> None:
         assert client.read(offset, PIECE) == data, f"at {offset}"
 
 
-NO_RESERVE = pytest.mark.xfail(  # not strict: it depends on where the last free block is
-    reason="ext4 does not punch beyond the end of a file: the reserve stays taken"
-)
-
-
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_when_all_disks_are_full_writes_fail_and_trim_makes_room(tmp_path: Path, kind: str) -> None:
     source = random.Random(5)
@@ -129,7 +124,6 @@ def took(client: NbdClient, offset: int, data: bytes) -> bool:
     return True
 
 
-@NO_RESERVE
 def test_one_full_disk_costs_that_member_and_no_request(tmp_path: Path) -> None:
     source, victim = random.Random(6), 0
     with on_small_disks(tmp_path, [victim]) as made:
@@ -195,7 +189,6 @@ def test_a_full_disk_refuses_a_snapshot_and_goes_on(tmp_path: Path) -> None:
         client.close()
 
 
-@NO_RESERVE
 def test_a_volume_on_full_disks_opens_again_and_can_be_trimmed(tmp_path: Path) -> None:
     source = random.Random(9)
     with on_small_disks(tmp_path, [0, 1, 2]) as made:
