@@ -147,7 +147,7 @@ def fio(uri: str, kind: str, depth: int, seconds: float, size: str, out: Path) -
             "--ioengine=nbd",
             f"--uri={uri}",
             f"--rw={kind}",
-            f"--bs={'1M' if kind == 'write' else '4k'}",
+            f"--bs={'4k' if kind.startswith('rand') else '1M'}",
             f"--iodepth={depth}",
             f"--size={size}",
             *([f"--runtime={seconds}", "--time_based"] if seconds else []),
@@ -187,6 +187,8 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, list[dict
                     fio(uri, "write", 4, 0, options.size, directory / "fio.json")
                     os.sync()  # or writing it back would compete with the first round
                     continue
+                # Some kernels give cold page cache back early: read everything once before.
+                fio(uri, "read", 4, 0, options.size, directory / "fio.json")
                 for kind, depth in JOBS:
                     result = fio(
                         uri, kind, depth, options.seconds, options.size, directory / "fio.json"

@@ -49,7 +49,6 @@ class Link:
         "refused",
         "replica_uuid",
         "state",
-        "writes_total",
     )
 
     def __init__(self, replica_uuid: str, address: str, state: str = OUT) -> None:
@@ -71,7 +70,6 @@ class Link:
         self.progress_at = 0.0
         self.rebuild_fraction: float | None = None
         self.reads_total = 0
-        self.writes_total = 0
         self.errors = 0
 
     def fail_calls(self, error: BlockdError) -> None:

@@ -111,7 +111,8 @@ class VolumeDaemon:
             name=f"{record.volume_name}@{snapshot}" if at else record.volume_name,
             size_bytes=record.size_bytes,
             read_only=bool(at),
-            minimum_block=1,
+            minimum_block=1,  # smaller writes are completed to whole blocks here
+            preferred_block=self.options.block_size,
             description=f"snapshot {snapshot}" if at else "live volume",
         )
 
