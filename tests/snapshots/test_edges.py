@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import ConflictError, RequestError, StorageError
-from snapshots import directory, reserve
+from snapshots import directory
 from snapshots.metadata import MetadataFile
 from snapshots.replica import Replica
 from snapshots.reserve import Reserve
@@ -98,7 +98,7 @@ def test_system_calls_that_fail_are_storage_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Reserve(os.fspath(tmp_path))
-    monkeypatch.setattr(reserve, "punch", broken)
+    monkeypatch.setattr(os, "ftruncate", broken)
     with pytest.raises(StorageError) as caught:
         kept.release()
     assert caught.value.errno == errno.EIO
