@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from protocol import replica as wire
-from protocol.checksum import ZEROS, block_checksum, crc32c
+from protocol.checksum import ZEROS, crc32c
 from protocol.errors import BlockdError, PeerError, StorageError, from_code
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication import membership, pieces
+from replication.answers import Chunks, clip, data_chunks, extent_runs
 from replication.authority import IN_SYNC, Record
 from replication.ledger import Ledger
 from replication.link import Link, ReadRequest, Reply
@@ -38,9 +39,6 @@ from replication.turns import Turns
 
 BATCHES_PER_TURN = 64  # a member that stays awake answers sooner than one that is woken each time
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
-
-Chunks = list[tuple[int, memoryview | None]]
-"""byte count and data (None = zeros), in order"""
 
 _unpack_u32 = struct.Struct("<I").unpack_from
 _MASK = BLOCK_BYTES - 1
@@ -216,7 +214,7 @@ class Engine:
                 else:  # the member went away: ask another one
                     self.extents(client, cookie, offset, length, layer_id)
                 return
-            client.extents(cookie, _extent_runs(payload, (stop - first) // BLOCK_BYTES))
+            client.extents(cookie, extent_runs(payload, (stop - first) // BLOCK_BYTES))
 
         self.call(
             link,
@@ -495,56 +493,3 @@ class _Flush:
     def __init__(self, waiting: set[Link], done: Callable[[BlockdError | None], None]) -> None:
         self.waiting = waiting
         self.done = done
-
-
-def data_chunks(length: int, payload: memoryview) -> Chunks | None:
-    """The chunks of a DATA payload about `length` bytes; None if a block's checksum is wrong."""
-    count = length // BLOCK_BYTES
-    if len(payload) < 4 * count:
-        raise wire.WireError(f"a map of {count} blocks does not fit {len(payload)} bytes")
-    entries = struct.unpack_from(f"<{count}I", payload)
-    position = 4 * count
-    chunks: Chunks = []
-    index = 0
-    while index < count:
-        zeros = entries[index] <= ZEROS
-        first = index
-        start = position
-        while index < count and (entries[index] <= ZEROS) == zeros:
-            if not zeros:
-                block = payload[position : position + BLOCK_BYTES]
-                if len(block) != BLOCK_BYTES or block_checksum(block) != entries[index]:
-                    return None
-                position += BLOCK_BYTES
-            index += 1
-        chunks.append(((index - first) * BLOCK_BYTES, None if zeros else payload[start:position]))
-    if position != len(payload):
-        raise wire.WireError(f"{len(payload) - position} bytes too many in an answer")
-    return chunks
-
-
-def clip(chunks: Chunks, lead: int, wanted: int) -> Chunks:
-    """`wanted` bytes of the chunks, after the first `lead` ones."""
-    clipped: Chunks = []
-    for count, data in chunks:
-        if lead >= count:
-            lead -= count
-            continue
-        take = min(count - lead, wanted)
-        clipped.append((take, None if data is None else data[lead : lead + take]))
-        wanted -= take
-        lead = 0
-        if not wanted:
-            break
-    return clipped
-
-
-def _extent_runs(payload: memoryview, blocks: int) -> list[tuple[int, bool]]:
-    """The runs of an EXTENT_LIST about `blocks` blocks; WireError if they do not fit."""
-    if len(payload) % 8:
-        raise wire.WireError(f"an extent list of {len(payload)} bytes")
-    values = struct.unpack(f"<{len(payload) // 4}I", payload)
-    runs = [(count, bool(data)) for count, data in zip(values[::2], values[1::2], strict=True)]
-    if not runs or not all(count for count, _ in runs) or sum(c for c, _ in runs) > blocks:
-        raise wire.WireError(f"an extent list that does not describe {blocks} blocks")
-    return runs

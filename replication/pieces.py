@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 
 if TYPE_CHECKING:
-    from replication.engine import Chunks, Client, Engine
+    from replication.answers import Chunks
+    from replication.engine import Client, Engine
 
 ZERO_STEP_BYTES = 64 << 20  # one ZERO keeps a replica's loop busy for a few milliseconds
 

@@ -30,7 +30,7 @@ from protocol.units import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
-    from replication.engine import Chunks
+    from replication.answers import Chunks
 
 READING_BYTES_MAX = 64 << 20  # two reads of the largest size; later requests of a client wait
 _MASK = BLOCK_BYTES - 1

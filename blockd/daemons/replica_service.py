@@ -194,13 +194,6 @@ class ReplicaService:
                 str(content["created"]),
                 dict(content["labels"]),
             )
-        elif what == "name":
-            replica.name_layer(
-                int(content["layer_id"]),
-                str(content["name"]),
-                str(content["created"]),
-                dict(content["labels"]),
-            )
         elif what == "remove":
             replica.remove(int(content["layer_id"]))
             self.worked()

@@ -134,11 +134,13 @@ class VolumeDaemon:
             if member.link.queue and not member.flush():
                 sent = False
         if not sent:
-            self.congested = any(
-                member.link.outbox.size_bytes() > CONGESTION_BYTES
-                for member in self._sockets.values()
-            )
+            self._look_for_congestion()
         return sent
+
+    def _look_for_congestion(self) -> None:
+        self.congested = any(
+            member.link.outbox.size_bytes() > CONGESTION_BYTES for member in self._sockets.values()
+        )
 
     def send_to_clients(self) -> bool:
         """Send all outboxes of clients; True if nothing is left in them."""
@@ -161,9 +163,7 @@ class VolumeDaemon:
 
     def member_drained(self) -> None:
         """A member took what was waiting for it."""
-        self.congested = any(
-            member.link.outbox.size_bytes() > CONGESTION_BYTES for member in self._sockets.values()
-        )
+        self._look_for_congestion()
         if not self.congested:
             waiting, self.waiting = self.waiting, []
             for connection in waiting:

@@ -25,8 +25,9 @@ from protocol.errors import BlockdError, PeerError
 from protocol.streams import Inbox
 from protocol.units import BLOCK_BYTES
 from replication import membership
+from replication.answers import Chunks
 from replication.authority import IN_SYNC, OUT, Member, Record
-from replication.engine import Chunks, Engine
+from replication.engine import Engine
 from replication.ledger import Ledger
 from replication.link import Link
 from replication.rebuild import Rebuild
