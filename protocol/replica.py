@@ -7,22 +7,28 @@ A frame is a 40-byte little-endian header and a payload:
     4       1     version (1)
     5       1     operation
     6       2     flags
-    8       4     length     bytes of the volume the operation is about
+    8       4     length     bytes of the volume the operation is about, or the payload's CRC32C
     12      8     offset     byte offset in the volume; region number for LAYER_*
     20      8     sequence   order of the operation; a reply repeats it
-    28      4     argument   layer id in requests, errno in REFUSED
+    28      4     argument   layer id in requests, errno in REFUSED, how many reads DATA answers
     32      4     payload    bytes that follow the header
     36      4     CRC32C of bytes 0..35
 
 The payload size stands apart from `length` so that a reader frames a message without knowing its
-operation. Data payloads are one little-endian u32 map entry per 4 KiB block (protocol.checksum),
-then the data of the blocks; in DATA and LAYER_* payloads only blocks that have data (entry > 1)
-follow, densely. Control payloads are JSON objects.
+operation. Blocks travel as one little-endian u32 map entry per 4 KiB block (protocol.checksum),
+then the data; in DATA and LAYER_* payloads only blocks that have data (entry > 1) follow, densely.
+Control payloads are JSON objects. What no map entry protects is covered by a CRC32C in `length`:
+the whole payload of READ, EXTENT_LIST and control messages, the map block of LAYER_*.
+
+READ asks for several ranges of blocks at once, numbered from `sequence` on: what a client sent in
+one batch. Its payload is the first block of each, then the block count of each, as u32. DATA
+answers `argument` ranges from its `sequence` on: the map entries of all, then the data of all. The
+ranges of a READ may be answered by several DATA and REFUSED, in any order.
 
 The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
 first in, first out, and the replica applies operations in that order; that order is the total
 order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
-before. FLUSH, READ, EXTENTS, CONTROL and LAYER_* are answered one by one.
+before. FLUSH, EXTENTS, CONTROL and LAYER_* are answered one by one.
 
 Invariants: payload <= PAYLOAD_BYTES_MAX; a frame with a wrong magic, version, CRC or size ends the
 session. No socket, file or clock here.
@@ -33,10 +39,11 @@ from __future__ import annotations
 import json
 import struct
 from _operator import _compare_digest
+from collections.abc import Sequence
 from typing import Any
 
 from protocol.checksum import blake2b, block_checksum, block_checksums, crc32c
-from protocol.errors import PeerError
+from protocol.errors import BlockdError, PeerError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 
 MAGIC = 0x31646B62  # "bkd1" in little-endian
@@ -62,6 +69,8 @@ ANSWERS = {  # of the requests that are answered one by one
     LAYER_WRITE: ANSWER,
 }
 
+READS_MAX = 1024  # ranges of one READ: more than any client has under way on one connection
+
 KEEP_ALLOCATED = 1  # flag of ZERO: the range must stay allocated (NBD NO_HOLE)
 
 Frame = tuple[int, int, int, int, int, int, memoryview | None]
@@ -74,6 +83,13 @@ _TWO_U32 = struct.Struct("<II")
 _pack = _HEADER.pack
 _unpack = _HEADER_CRC.unpack_from
 _ONE_BLOCK_PAYLOAD = BLOCK_BYTES + 4
+
+# How many bytes of a payload the CRC in `length` covers, by operation.
+_COVERED = [0] * 256
+for _operation in (HELLO, PROVE, FENCE, READ, CONTROL, EXTENT_LIST, ANSWER, REFUSED):
+    _COVERED[_operation] = PAYLOAD_BYTES_MAX
+for _operation in (LAYER_DATA, LAYER_WRITE):
+    _COVERED[_operation] = 4 * BLOCKS_PER_REGION
 
 
 class WireError(PeerError):
@@ -104,12 +120,14 @@ def pack_into(
     position: int,
     operation: int,
     sequence: int,
-    length: int,
-    offset: int,
-    payload_bytes: int,
+    *,
+    length: int = 0,
+    offset: int = 0,
+    argument: int = 0,
+    payload_bytes: int = 0,
 ) -> None:
     """Write the header of an answer into `buffer` at `position`."""
-    header = _pack(MAGIC, VERSION, operation, 0, length, offset, sequence, 0, payload_bytes)
+    header = _pack(MAGIC, VERSION, operation, 0, length, offset, sequence, argument, payload_bytes)
     buffer[position : position + 36] = header
     _U32.pack_into(buffer, position + 36, crc32c(header))
 
@@ -127,13 +145,50 @@ def write_header(sequence: int, offset: int, data: memoryview) -> bytes:
     return head + struct.pack(f"<{len(entries)}I", *entries)
 
 
-def read_header(sequence: int, offset: int, length: int, layer_id: int) -> bytes:
-    """A READ of whole blocks; `layer_id` 0 reads the live volume."""
-    header = _pack(MAGIC, VERSION, READ, 0, length, offset, sequence, layer_id, 0)
-    return header + _U32.pack(crc32c(header))
+def read_frame(sequence: int, firsts: Sequence[int], counts: Sequence[int], layer_id: int) -> bytes:
+    """A READ of ranges of blocks; `layer_id` 0 reads the live volume."""
+    payload = struct.pack(f"<{2 * len(firsts)}I", *firsts, *counts)
+    return covered_frame(READ, sequence, payload, argument=layer_id)
 
 
-def json_frame(operation: int, sequence: int, content: dict[str, Any]) -> bytes:
+def read_ranges(payload: memoryview | None) -> tuple[list[int], list[int]]:
+    """First blocks and block counts of a READ."""
+    if payload is None or len(payload) % 8 or len(payload) > 8 * READS_MAX:
+        raise WireError(f"a READ of {len(payload or b'')} bytes, not of 1 to {READS_MAX} ranges")
+    values = payload.cast("I").tolist()
+    count = len(values) // 2
+    return values[:count], values[count:]
+
+
+def covered_frame(
+    operation: int, sequence: int, payload: bytes, *, offset: int = 0, argument: int = 0
+) -> bytes:
+    """A frame whose payload is covered by the CRC in its header."""
+    head = frame(
+        operation,
+        sequence,
+        length=crc32c(payload),
+        offset=offset,
+        argument=argument,
+        payload_bytes=len(payload),
+    )
+    return head + payload
+
+
+def extents_frame(sequence: int, runs: Sequence[tuple[int, bool]]) -> bytes:
+    """An EXTENT_LIST of (block count, has data) runs."""
+    payload = b"".join([_TWO_U32.pack(count, has_data) for count, has_data in runs])
+    return covered_frame(EXTENT_LIST, sequence, payload)
+
+
+def map_checksum(payload: memoryview) -> int:
+    """The `length` of a LAYER_DATA or LAYER_WRITE with this payload."""
+    return crc32c(payload[: 4 * BLOCKS_PER_REGION])
+
+
+def json_frame(
+    operation: int, sequence: int, content: dict[str, Any], *, argument: int = 0
+) -> bytes:
     """A frame whose payload is a JSON object."""
     payload = json.dumps(content, separators=(",", ":")).encode()
     if len(payload) > PAYLOAD_BYTES_MAX:
@@ -141,7 +196,13 @@ def json_frame(operation: int, sequence: int, content: dict[str, Any]) -> bytes:
             f"a control message of {len(payload)} bytes is over the limit of {PAYLOAD_BYTES_MAX}; "
             "shorten snapshot labels"
         )
-    return frame(operation, sequence, payload_bytes=len(payload)) + payload
+    return covered_frame(operation, sequence, payload, argument=argument)
+
+
+def refused_frame(sequence: int, error: BlockdError) -> bytes:
+    """REFUSED, with the error's code and message."""
+    content = {"code": error.code, "message": str(error)}
+    return json_frame(REFUSED, sequence, content, argument=error.errno)
 
 
 def json_content(payload: memoryview | None) -> dict[str, Any]:
@@ -175,17 +236,11 @@ def parse(
         stop = start + HEADER_BYTES + size
         if stop > end:
             break
-        frames.append(
-            (
-                operation,
-                flags,
-                length,
-                offset,
-                sequence,
-                argument,
-                view[start + HEADER_BYTES : stop] if size else None,
-            )
-        )
+        payload = view[start + HEADER_BYTES : stop] if size else None
+        covered = _COVERED[operation]
+        if covered and payload is not None and crc32c(payload[:covered]) != length:
+            raise WireError(f"the payload of a frame (operation {operation}) is damaged")
+        frames.append((operation, flags, length, offset, sequence, argument, payload))
         start = stop
     return start
 

@@ -7,39 +7,65 @@ fault; data that does not match its checksum is None, the disk's.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from protocol import replica as wire
-from protocol.checksum import ZEROS, block_checksum
+from protocol.checksum import ZEROS, block_checksum, crc32c
 from protocol.units import BLOCK_BYTES
 
 Chunks = list[tuple[int, memoryview | None]]
 """byte count and data (None = zeros), in order"""
 
 
-def data_chunks(length: int, payload: memoryview) -> Chunks | None:
-    """The chunks of a DATA payload about `length` bytes; None if a block's checksum is wrong."""
-    count = length // BLOCK_BYTES
-    if len(payload) < 4 * count:
-        raise wire.WireError(f"a map of {count} blocks does not fit {len(payload)} bytes")
+def data_entries(payload: memoryview | None, count: int) -> tuple[int, ...]:
+    """The map entries of a DATA payload about `count` blocks; WireError if its size is wrong."""
+    if payload is None or len(payload) < 4 * count:
+        raise wire.WireError(f"a map of {count} blocks does not fit {len(payload or b'')} bytes")
     entries = struct.unpack_from(f"<{count}I", payload)
-    position = 4 * count
+    size = 4 * count + BLOCK_BYTES * sum(1 for entry in entries if entry > ZEROS)
+    if len(payload) != size:
+        raise wire.WireError(f"{len(payload)} bytes answered, the map says {size}")
+    return entries
+
+
+def single_blocks(payload: memoryview, counts: Sequence[int]) -> list[memoryview] | None:
+    """The data of reads of one block each; None if not all are that, have data, and match.
+
+    A CRC of 0 or 1, which an entry cannot be, counts as no match too.
+    """
+    count = len(counts)
+    if len(payload) != (4 + BLOCK_BYTES) * count or sum(counts) != count:
+        return None
+    blocks = [
+        payload[at : at + BLOCK_BYTES]
+        for at in range(4 * count, (4 + BLOCK_BYTES) * count, BLOCK_BYTES)
+    ]
+    return blocks if list(map(crc32c, blocks)) == payload[: 4 * count].cast("I").tolist() else None
+
+
+def data_chunks(
+    entries: tuple[int, ...], payload: memoryview, position: int
+) -> tuple[Chunks | None, int]:
+    """The chunks of consecutive blocks whose data begins at `position`, and where it ends.
+
+    None in place of the chunks: a block's checksum is wrong.
+    """
+    end = position + BLOCK_BYTES * sum(1 for entry in entries if entry > ZEROS)
     chunks: Chunks = []
-    index = 0
+    index, count = 0, len(entries)
     while index < count:
         zeros = entries[index] <= ZEROS
         first = index
-        start = position
+        begin = position
         while index < count and (entries[index] <= ZEROS) == zeros:
             if not zeros:
                 block = payload[position : position + BLOCK_BYTES]
-                if len(block) != BLOCK_BYTES or block_checksum(block) != entries[index]:
-                    return None
+                if block_checksum(block) != entries[index]:
+                    return None, end
                 position += BLOCK_BYTES
             index += 1
-        chunks.append(((index - first) * BLOCK_BYTES, None if zeros else payload[start:position]))
-    if position != len(payload):
-        raise wire.WireError(f"{len(payload) - position} bytes too many in an answer")
-    return chunks
+        chunks.append(((index - first) * BLOCK_BYTES, None if zeros else payload[begin:position]))
+    return chunks, end
 
 
 def clip(chunks: Chunks, lead: int, wanted: int) -> Chunks:

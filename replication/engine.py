@@ -20,27 +20,24 @@ Invariants (numbers are the replication rules of ARCHITECTURE.md):
 from __future__ import annotations
 
 import errno
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from protocol import replica as wire
-from protocol.checksum import ZEROS, crc32c
 from protocol.errors import BlockdError, PeerError, StorageError, from_code
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication import membership, pieces
-from replication.answers import Chunks, clip, data_chunks, extent_runs
+from replication.answers import Chunks, data_chunks, data_entries, extent_runs, single_blocks
 from replication.authority import IN_SYNC, Record
 from replication.ledger import Ledger
-from replication.link import Link, ReadRequest, Reply
+from replication.link import Link, Reads, Reply
 from replication.ranges import RangeLocks
 from replication.turns import Turns
 
 BATCHES_PER_TURN = 64  # a member that stays awake answers sooner than one that is woken each time
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
-_unpack_u32 = struct.Struct("<I").unpack_from
 _MASK = BLOCK_BYTES - 1
 
 
@@ -50,8 +47,11 @@ class Client(Protocol):
     def done(self, cookie: Any, error: int) -> None:
         """A request without data ended (0 or an errno), or a read failed."""
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+    def data(self, cookie: Any, chunks: Chunks) -> None:
         """A read ended well. The views are good until the caller's batch ends."""
+
+    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
+        """Several reads of one block each ended well, with data."""
 
     def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
         """(block count, has data) runs that begin at the block of the asked offset."""
@@ -164,37 +164,51 @@ class Engine:
         """Read any byte range of the live volume or of a snapshot."""
         self.reads_total += 1
         self.read_bytes += length
-        lead = offset & _MASK
-        link = self.reader
-        if lead + length > PIECE_BYTES_MAX or link is None:
-            pieces.read_long(self, client, cookie, offset, length, layer_id)
-            return
-        self.sequence = sequence = self.sequence + 1
-        link.reads[sequence] = (client, cookie, offset, length, layer_id, ())
-        whole = (lead + length + _MASK) & ~_MASK
-        link.queue.append(link.read_message(sequence, offset - lead, whole, layer_id))
+        pieces.read(self, client, cookie, offset, length, layer_id)
 
-    def send_read(self, request: ReadRequest) -> None:
-        """Queue a read on a member that has not answered it badly; EIO if there is none."""
-        client, cookie, offset, length, layer_id, tried = request
+    def read_blocks(
+        self,
+        client: Client,
+        cookies: Sequence[Any],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        layer_id: int,
+    ) -> None:
+        """Read several ranges of whole blocks, each at most PIECE_BYTES_MAX, as one message."""
+        self.reads_total += len(cookies)
+        self.read_bytes += sum(counts) * BLOCK_BYTES
+        self.send_reads(Reads(client, cookies, firsts, counts, layer_id))
+
+    def send_reads(self, reads: Reads) -> None:
+        """Queue reads on a member that has not answered them badly; EIO if there is none."""
         link = self.reader
-        if link is None or link in tried:
-            link = next((reader for reader in self.readers if reader not in tried), None)
+        if link is None or link in reads.tried:
+            link = next((reader for reader in self.readers if reader not in reads.tried), None)
         if link is None:
-            client.done(cookie, errno.EIO)
+            for cookie in reads.cookies:
+                reads.client.done(cookie, errno.EIO)
             return
-        self.sequence = sequence = self.sequence + 1
-        link.reads[sequence] = request
-        first = offset & ~_MASK
-        stop = (offset + length + _MASK) & ~_MASK
-        link.queue.append(link.read_message(sequence, first, stop - first, layer_id))
+        if link.read_now is not None:
+            link.read_now(reads)
+            return
+        count = len(reads.cookies)
+        for start in range(0, count, wire.READS_MAX):
+            part = reads if count <= wire.READS_MAX else reads.part(start, start + wire.READS_MAX)
+            first = self.remember(link, part)
+            link.queue.append(wire.read_frame(first, part.firsts, part.counts, part.layer_id))
+
+    def remember(self, link: Link, reads: Reads) -> int:
+        """Number reads that `link` will answer later; the first number."""
+        first = self.sequence + 1
+        self.sequence += len(reads.cookies)
+        link.reads[first] = reads
+        return first
 
     def next_turn(self) -> None:
         """A batch of reads goes to one member, and after BATCHES_PER_TURN of them to the next."""
-        readers = self.readers
-        if len(readers) > 1:
-            self._turn += 1
-            self.reader = readers[self._turn // BATCHES_PER_TURN % len(readers)]
+        self._turn += 1
+        if self._turn % BATCHES_PER_TURN == 0 and self.readers:
+            self.reader = self.readers[self._turn // BATCHES_PER_TURN % len(self.readers)]
 
     def extents(
         self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
@@ -302,13 +316,9 @@ class Engine:
     def received(self, link: Link, frames: list[wire.Frame]) -> None:
         """Handle one batch of frames from a member."""
         link.progress_at = self.now()
-        for operation, _, length, _, sequence, argument, payload in frames:
+        for operation, _, _, _, sequence, argument, payload in frames:
             if operation == wire.DATA:
-                request = link.reads.get(sequence)
-                if request is None or payload is None:
-                    raise wire.WireError(f"an answer to a read never asked (sequence {sequence})")
-                link.reads_total += 1
-                self._read_done(link, request, sequence, length, payload)
+                self._answered(link, sequence, argument, payload)
             elif operation == wire.APPLIED:
                 if not link.applied <= sequence <= self.sequence:
                     raise wire.WireError(f"applied sequence {sequence} is out of order")
@@ -354,44 +364,44 @@ class Engine:
                 raise nonsense from error
             reply(0, None, nonsense)
 
-    def _read_done(
-        self, link: Link, request: ReadRequest, sequence: int, length: int, payload: memoryview
-    ) -> None:
-        client, cookie, offset, wanted, _, _ = request
-        lead = offset & _MASK
-        if length != (lead + wanted + _MASK) & ~_MASK:
-            raise wire.WireError(f"{length} bytes answered to a read of {wanted} at {offset}")
-        if len(payload) == BLOCK_BYTES + 4 and wanted == BLOCK_BYTES == length:
-            data = payload[4:]
-            crc = crc32c(data)
-            if _unpack_u32(payload)[0] == (crc if crc > ZEROS else crc + 2):
-                del link.reads[sequence]
-                client.data(cookie, offset, [(BLOCK_BYTES, data)])
-                return
-            chunks = None
-        else:
-            chunks = data_chunks(length, payload)
-        del link.reads[sequence]
-        if chunks is None:
-            self.checksum_errors += 1
-            link.errors += 1
-            self._read_elsewhere(link, request)
-            return
-        if lead or wanted != length:
-            chunks = clip(chunks, lead, wanted)
-        client.data(cookie, offset, chunks)
+    def _answered(self, link: Link, first: int, count: int, payload: memoryview | None) -> None:
+        """The data of `count` reads, numbered from `first` on."""
+        reads = link.take_answered(first, count)
+        try:
+            self.deliver(link, reads, payload or memoryview(b""))
+        except wire.WireError:
+            link.reads[first] = reads  # asked again when the link fails by this
+            raise
 
-    def _read_elsewhere(self, link: Link, request: ReadRequest) -> None:
+    def deliver(self, link: Link, reads: Reads, payload: memoryview) -> None:
+        """Hand the data of reads to who asked for them; WireError, before that, if it cannot be."""
+        link.reads_total += len(reads.cookies)
+        data = single_blocks(payload, reads.counts)
+        if data is not None:
+            reads.client.blocks(reads.cookies, data)
+            return
+        blocks = sum(reads.counts)
+        entries = data_entries(payload, blocks)
+        position, block = 4 * blocks, 0
+        for number, length in enumerate(reads.counts):
+            chunks, position = data_chunks(entries[block : block + length], payload, position)
+            block += length
+            if chunks is None:
+                self.checksum_errors += 1
+                self._read_elsewhere(link, reads.part(number, number + 1))
+            else:
+                reads.client.data(reads.cookies[number], chunks)
+
+    def _read_elsewhere(self, link: Link, reads: Reads) -> None:
         """Wrong or no data from one member: ask each other one once, then give up with EIO."""
-        client, cookie, offset, length, layer_id, tried = request
-        self.send_read((client, cookie, offset, length, layer_id, (*tried, link)))
+        link.errors += 1
+        reads.tried = (*reads.tried, link)
+        self.send_reads(reads)
 
     def _refused(self, link: Link, sequence: int, code: int, payload: memoryview | None) -> None:
         content = wire.json_content(payload)
-        request = link.reads.pop(sequence, None)
-        if request is not None:
-            link.errors += 1
-            self._read_elsewhere(link, request)
+        if link.has_asked(sequence):
+            self._read_elsewhere(link, link.take_answered(sequence, 1))
             return
         call = link.calls.pop(sequence, None)
         if call is not None:

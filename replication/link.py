@@ -7,7 +7,7 @@ back gets a new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from protocol import replica as wire
@@ -18,13 +18,42 @@ from replication.authority import OUT
 Reply = Callable[[int, memoryview | None, BlockdError | None], None]
 """argument of the answer, its payload, or the error in place of both"""
 
-ReadRequest = tuple[Any, Any, int, int, int, tuple["Link", ...]]
-"""client, cookie, offset, length, layer id, members whose answer was no good"""
+
+class Reads:
+    """Reads of whole blocks that one client asked for together.
+
+    `tried` are the members whose answer was no good.
+    """
+
+    __slots__ = ("client", "cookies", "counts", "firsts", "layer_id", "tried")
+
+    def __init__(
+        self,
+        client: Any,
+        cookies: Sequence[Any],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        layer_id: int,
+        tried: tuple[Link, ...] = (),
+    ) -> None:
+        self.client = client
+        self.cookies = cookies
+        self.firsts = firsts
+        self.counts = counts
+        self.layer_id = layer_id
+        self.tried = tried
+
+    def part(self, start: int, stop: int) -> Reads:
+        """Some of them."""
+        where = slice(start, stop)
+        ranges = self.firsts[where], self.counts[where]
+        return Reads(self.client, self.cookies[where], *ranges, self.layer_id, self.tried)
 
 
 class Link:
     """A session with one replica.
 
+    `reads` holds what was asked for, by the sequence of the first of those asked together.
     `applied` is the sequence up to which the replica has answered writes; `refused` holds the
     errno of those it did not apply.
     """
@@ -42,7 +71,7 @@ class Link:
         "outbox",
         "progress_at",
         "queue",
-        "read_message",
+        "read_now",
         "reads",
         "reads_total",
         "rebuild_fraction",
@@ -62,15 +91,43 @@ class Link:
         self.hello: dict[str, Any] = {}
         self.outbox = Outbox()
         self.queue = self.outbox.queue  # the hot path appends here
-        self.read_message: Callable[[int, int, int, int], Any] = wire.read_header
+        self.read_now: Callable[[Reads], None] | None = None  # a local member answers at once
         self.applied = 0
         self.refused: dict[int, int] = {}
-        self.reads: dict[int, ReadRequest] = {}
+        self.reads: dict[int, Reads] = {}
         self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
         self.progress_at = 0.0
         self.rebuild_fraction: float | None = None
         self.reads_total = 0
         self.errors = 0
+
+    def take_answered(self, first: int, count: int) -> Reads:
+        """Remove and return the reads with these sequences; WireError if not asked together."""
+        reads = self.reads.pop(first, None) or self._split_at(first)
+        if reads is None:
+            raise wire.WireError(f"an answer to a read never asked (sequence {first})")
+        asked = len(reads.cookies)
+        if count != asked:
+            if not 0 < count < asked:
+                self.reads[first] = reads
+                raise wire.WireError(f"{count} reads answered, {asked} were asked")
+            self.reads[first + count] = reads.part(count, asked)
+            reads = reads.part(0, count)
+        return reads
+
+    def has_asked(self, sequence: int) -> bool:
+        """Is this the number of a read that was not answered yet?"""
+        return any(
+            first <= sequence < first + len(reads.cookies) for first, reads in self.reads.items()
+        )
+
+    def _split_at(self, sequence: int) -> Reads | None:
+        """The reads from `sequence` on of those asked together with it; the others stay."""
+        for first, reads in self.reads.items():
+            if first < sequence < first + len(reads.cookies):
+                self.reads[first] = reads.part(0, sequence - first)
+                return reads.part(sequence - first, len(reads.cookies))
+        return None
 
     def fail_calls(self, error: BlockdError) -> None:
         """Answer every outstanding call with `error`."""

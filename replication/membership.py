@@ -29,8 +29,8 @@ def fail(engine: Engine, link: Link, reason: str) -> None:
     engine.set_readers([reader for reader in engine.readers if reader is not link])
     engine.on_lost(link, reason)
     reads, link.reads = link.reads, {}
-    for request in reads.values():
-        engine.send_read(request)
+    for asked in reads.values():
+        engine.send_reads(asked)
     link.fail_calls(PeerError(f"replica {link.replica_uuid} was lost: {reason}"))
     if link not in engine.targets:
         if link.state == SYNCING and not link.leaving:  # lost before its barrier

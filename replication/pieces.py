@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
+from replication.answers import Chunks, clip
+from replication.link import Reads
 
 if TYPE_CHECKING:
-    from replication.answers import Chunks
     from replication.engine import Client, Engine
 
+PIECE_BLOCKS_MAX = PIECE_BYTES_MAX // BLOCK_BYTES
 ZERO_STEP_BYTES = 64 << 20  # one ZERO keeps a replica's loop busy for a few milliseconds
 
 
@@ -41,7 +43,10 @@ class Gather:
         else:
             self._client.done(self._cookie, self._error)
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+    def data(self, cookie: Any, chunks: Chunks) -> None:
+        raise AssertionError("writes return no data")
+
+    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
         raise AssertionError("writes return no data")
 
     def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
@@ -70,74 +75,86 @@ def zero_long(
         engine.send_zero(gather, None, offset + start, step, keep, False)
 
 
-class _LongRead:
+class _Reader:
+    """A client inside the engine that reads whole blocks; subclasses say what for."""
+
+    def data(self, cookie: Any, chunks: Chunks) -> None:
+        raise NotImplementedError
+
+    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
+        for cookie, block in zip(cookies, blocks, strict=True):
+            self.data(cookie, [(BLOCK_BYTES, block)])
+
+    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
+        raise AssertionError("a read returns no extents")
+
+
+class _Clip(_Reader):
+    """A read of some bytes of one piece: the whole blocks around them are read."""
+
+    def __init__(self, client: Client, lead: int, length: int) -> None:
+        self._client = client
+        self._lead = lead
+        self._length = length
+
+    def data(self, cookie: Any, chunks: Chunks) -> None:
+        self._client.data(cookie, clip(chunks, self._lead, self._length))
+
+    def done(self, cookie: Any, error: int) -> None:
+        self._client.done(cookie, error)
+
+
+class _LongRead(_Reader):
     """Collects the pieces of a long read, which may come back in any order."""
 
-    def __init__(self, client: Client, cookie: Any, offset: int, length: int) -> None:
+    def __init__(self, client: Client, cookie: Any, lead: int, length: int, pieces: int) -> None:
         self._client = client
         self._cookie = cookie
-        self._offset = offset
-        self._buffer: memoryview | None = None
+        self._lead = lead
         self._length = length
-        self._runs: dict[int, tuple[int, bool]] = {}
+        self._pieces: list[Chunks] = [[] for _ in range(pieces)]
+        self._left = pieces
         self._error = 0
-        self.left = 0
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
-        for count, data in chunks:
-            if data is not None:
-                if self._buffer is None:
-                    self._buffer = memoryview(bytearray(self._length))
-                start = offset - self._offset
-                self._buffer[start : start + count] = data
-            self._runs[offset] = (count, data is not None)
-            offset += count
+    def data(self, cookie: Any, chunks: Chunks) -> None:
+        # Copied: the views are good until the batch ends, and other pieces come later.
+        self._pieces[cookie] = [
+            (count, None if data is None else memoryview(bytes(data))) for count, data in chunks
+        ]
         self._piece_done()
 
     def done(self, cookie: Any, error: int) -> None:
         self._error = self._error or error
         self._piece_done()
 
-    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
-        raise AssertionError("a read returns no extents")
-
     def _piece_done(self) -> None:
-        self.left -= 1
-        if self.left:
+        self._left -= 1
+        if self._left:
             return
         if self._error:
             self._client.done(self._cookie, self._error)
-            return
-        chunks: Chunks = []
-        for offset in sorted(self._runs):
-            count, has_data = self._runs[offset]
-            start = offset - self._offset
-            data = None
-            if has_data:
-                assert self._buffer is not None
-                data = self._buffer[start : start + count]
-            chunks.append((count, data))
-        self._client.data(self._cookie, self._offset, chunks)
+        else:
+            chunks = [chunk for piece in self._pieces for chunk in piece]
+            self._client.data(self._cookie, clip(chunks, self._lead, self._length))
 
 
-def read_long(
+def read(
     engine: Engine, client: Client, cookie: Any, offset: int, length: int, layer_id: int
 ) -> None:
-    """Read more than one piece and answer when all are there."""
-    gather = _LongRead(client, cookie, offset, length)
-    spans = []
-    stop = offset + length
-    while offset < stop:
-        # Pieces end on block borders, so no block is read twice.
-        step = min(stop, (offset // BLOCK_BYTES) * BLOCK_BYTES + PIECE_BYTES_MAX) - offset
-        spans.append((offset, step))
-        offset += step
-    gather.left = len(spans)
-    for start, step in spans:
-        engine.send_read((gather, None, start, step, layer_id, ()))
+    """Read any range: the whole blocks around it, in pieces, answered when all are there."""
+    first, stop = offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)
+    lead = offset % BLOCK_BYTES
+    firsts = range(first, stop, PIECE_BLOCKS_MAX)
+    counts = [min(PIECE_BLOCKS_MAX, stop - start) for start in firsts]
+    if len(counts) == 1:
+        clipped = _Clip(client, lead, length)
+        engine.send_reads(Reads(clipped, [cookie], firsts, counts, layer_id))
+    else:
+        gather = _LongRead(client, cookie, lead, length, len(counts))
+        engine.send_reads(Reads(gather, range(len(counts)), firsts, counts, layer_id))
 
 
-class _Edges:
+class _Edges(_Reader):
     """Reads the partly covered blocks of one write, then sends it as whole blocks."""
 
     def __init__(self, engine: Engine, client: Client, cookie: Any, fua: bool) -> None:
@@ -165,22 +182,19 @@ class _Edges:
         if end % BLOCK_BYTES:
             edges.add(self._stop - 1)
         self._left = len(edges)
-        for block in sorted(edges):
-            self._engine.send_read((self, block, block * BLOCK_BYTES, BLOCK_BYTES, 0, ()))
+        blocks = sorted(edges)
+        self._engine.send_reads(Reads(self, blocks, blocks, [1] * len(blocks), 0))
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+    def data(self, cookie: int, chunks: Chunks) -> None:
         ((count, data),) = chunks
         if data is not None:
-            start = offset - self._first * BLOCK_BYTES
+            start = (cookie - self._first) * BLOCK_BYTES
             self._buffer[start : start + count] = data
         self._edge_done()
 
     def done(self, cookie: Any, error: int) -> None:
         self._error = self._error or error
         self._edge_done()
-
-    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
-        raise AssertionError("an edge read returns no extents")
 
     def _edge_done(self) -> None:
         self._left -= 1

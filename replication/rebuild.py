@@ -198,6 +198,7 @@ class Rebuild:
                     self._link,
                     wire.LAYER_WRITE,
                     written,
+                    length=wire.map_checksum(copy),
                     offset=region,
                     argument=layer_id,
                     payload=[copy],

@@ -1,8 +1,8 @@
-"""Reading, writing and zeroing blocks: the part of a replica every request goes through.
+"""Writing and zeroing blocks: the part of a replica every change goes through.
 
 Called from the event loop with bounds and checksums already checked; block units throughout. A
-4 KiB write is one pwrite, a store into the map and a store into the index; a 4 KiB read is one
-preadv. Everything else (`_prepare`) happens once per region and zone.
+4 KiB write is one pwrite, a store into the map and a store into the index. Everything else
+(`_prepare`) happens once per region and zone.
 
 Order of a write, and why:
 1. zone dirty and durable, index page and map block allocated: from here only data can lack space;
@@ -20,46 +20,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import struct
-import threading
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
-from protocol.errors import NotFoundError, StateError, StorageError
+from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.dirty import CLEAN, HOT
-from snapshots.layer import WRITABLE, LayerFile, block_offset, entry_number
-from snapshots.masks import SLOT_RUNS, resolve, run_length
+from snapshots.layer import WRITABLE, block_offset, entry_number
+from snapshots.masks import SLOT_RUNS, resolve
+from snapshots.readpath import ENTRY_RUNS, ReadPath, pieces
 from snapshots.reserve import FULL_DISK
-from snapshots.store import Store
 from snapshots.syscalls import allocate, storage_error, write_all
 
 Runs = list[tuple[int, int]]  # (first block, count)
 
-WOULD_BLOCK = -1
-VIEWS_MAX = 4096  # resolved regions of snapshots kept: 1 KiB each, 16 GiB of snapshot
-
-_pack_entry = struct.Struct("<I").pack_into
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _ZERO_CHECKSUM = block_checksum(_ZERO_BLOCK)
-_ENTRY_RUNS = {
-    entry: memoryview(array("I", [entry]) * BLOCKS_PER_REGION) for entry in (ABSENT, ZEROS)
-}
-_IS_DATA = bytes([0]) + b"\1" * 255
 
 
-def pieces(first_block: int, count: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of blocks at region bounds."""
-    while count > 0:
-        length = min(count, BLOCKS_PER_REGION - (first_block & (BLOCKS_PER_REGION - 1)))
-        yield first_block, length
-        first_block += length
-        count -= length
-
-
-class DataPath(Store):
+class DataPath(ReadPath):
     """See the module text."""
 
     # Writing
@@ -257,7 +238,7 @@ class DataPath(Store):
     def _apply_zero(self, first_block: int, total: int, keep_allocated: bool) -> None:
         """Zero prepared blocks: mark, map entries, index, and only then the space."""
         explicit = self.layered or keep_allocated
-        entries = _ENTRY_RUNS[ZEROS if explicit else ABSENT]
+        entries = ENTRY_RUNS[ZEROS if explicit else ABSENT]
         for block, count in pieces(first_block, total):
             in_head = self._head_slot in self._index[block : block + count]
             if self.layered:
@@ -291,162 +272,7 @@ class DataPath(Store):
                 self.head.write(block, memoryview(bytes((stop - block) * BLOCK_BYTES)))
             block = stop if stop > block else end
 
-    # Reading
-
-    def read_into(
-        self,
-        first_block: int,
-        count: int,
-        target: memoryview,
-        layer_id: int = 0,
-        *,
-        nowait: bool = False,
-    ) -> int:
-        """Read blocks of the live volume, or of the snapshot that is layer `layer_id`.
-
-        `target` receives `count` u32 map entries (1 = zeros, else the checksum), then the data of
-        the blocks that are not zeros, densely. Returns the bytes used. With `nowait`, or in a
-        thread other than the event loop's, the result can be WOULD_BLOCK (-1): call again from a
-        thread, respectively from the event loop.
-        """
-        if not self.complete:
-            raise StateError(f"replica {self.path} is incomplete; read from another member")
-        if not nowait and threading.get_ident() != self._owner_thread:
-            return self._read_in_thread(first_block, count, target, layer_id)
-        flags = self.nowait_flag if nowait else 0
-        if count == 1 and layer_id == 0 and self._index_ready[first_block >> 12]:
-            slot = self._index[first_block]
-            if slot == 0:
-                _pack_entry(target, 0, ZEROS)
-                return 4
-            handle = self.handles[slot]
-            region = first_block >> 10
-            if handle is not None and handle.ready[region]:
-                offset = (first_block + region + 2) << 12
-                try:
-                    got = os.preadv(handle.fd, [target[4:4100]], offset, flags)
-                except BlockingIOError:
-                    return WOULD_BLOCK
-                except OSError as error:
-                    raise storage_error("reading layer", handle.path, error) from error
-                if got == BLOCK_BYTES:
-                    _pack_entry(target, 0, handle.map[first_block + (region << 20) + 1024])
-                    return 4100
-        return self._read_range(first_block, count, target, layer_id, flags)
-
-    def _read_range(
-        self, first_block: int, count: int, target: memoryview, layer_id: int, flags: int
-    ) -> int:
-        """Any read; entries are copied before the data they describe."""
-        used = 4 * count
-        entries = target[:used].cast("I")
-        done = 0
-        for block, length in pieces(first_block, count):
-            slots = self._slots_of(block, length, layer_id, flags)
-            if slots is None:
-                return WOULD_BLOCK
-            region, at = block >> 10, 0
-            while at < length:
-                slot, run = slots[at], run_length(slots, at)
-                if slot == 0:
-                    entries[done : done + run] = _ENTRY_RUNS[ZEROS][:run]
-                else:
-                    handle = self._handle(slot)
-                    if not handle.ready[region] and not handle.warm(region, flags):
-                        return WOULD_BLOCK
-                    number = block + at + (region << 20) + 1024
-                    entries[done : done + run] = handle.map[number : number + run]
-                    data = target[used : used + run * BLOCK_BYTES]
-                    if not _read_data(handle, block + at, data, flags):
-                        return WOULD_BLOCK
-                    used += run * BLOCK_BYTES
-                at += run
-                done += run
-        return used
-
-    def _read_in_thread(
-        self, first_block: int, count: int, target: memoryview, layer_id: int
-    ) -> int:
-        """A read racing with the event loop: believed only if it is consistent in itself."""
-        layout = self.layout
-        if layout & 1:
-            return WOULD_BLOCK
-        try:
-            used = self._read_range(first_block, count, target, layer_id, 0)
-        except StorageError:
-            if self.layout != layout:  # a layer went away meanwhile
-                return WOULD_BLOCK
-            raise
-        position = 4 * count
-        for entry in target[:position].cast("I"):
-            if entry == ZEROS:
-                continue
-            if block_checksum(target[position : position + BLOCK_BYTES]) != entry:
-                return WOULD_BLOCK
-            position += BLOCK_BYTES
-        return used if self.layout == layout and position == used else WOULD_BLOCK
-
-    def _handle(self, slot: int) -> LayerFile:
-        """The open file of a slot; a thread opens one for itself rather than change the tables."""
-        handle = self.handles[slot]
-        if handle is not None:
-            return handle
-        if threading.get_ident() == self._owner_thread:
-            return self.open_slot(slot)
-        return self.open_private(slot)
-
-    def _slots_of(self, block: int, count: int, layer_id: int, flags: int) -> bytes | None:
-        """The slots that hold blocks of one region; None: it would block."""
-        if layer_id == 0 or layer_id == self.metadata.head_id:
-            zone = block // BLOCKS_PER_ZONE
-            if not self._index_ready[zone] and not self.index.warm(zone, flags):
-                return None
-            return self._index[block : block + count]
-        region, start = block >> 10, block & (BLOCKS_PER_REGION - 1)
-        view = self.views.get((layer_id, region))
-        if view is None:
-            view = self._resolve_view(layer_id, region, flags)
-        return None if view is None else view[start : start + count]
-
-    def _resolve_view(self, layer_id: int, region: int, flags: int) -> bytes | None:
-        """The slots of a region as a snapshot sees it; None: it would block."""
-        all_layers = self.metadata.layers
-        if chain.find(all_layers, layer_id).removed:
-            raise NotFoundError(f"layer {layer_id} is deleted; list the snapshots and pick one")
-        maps = []
-        for info in chain.chain(all_layers, layer_id):
-            handle = self._handle(info.slot)
-            if not handle.ready[region] and not handle.warm(region, flags):
-                return None
-            maps.append((info.slot, handle.map_block(region)))
-        view = resolve(maps)
-        if threading.get_ident() == self._owner_thread:  # a thread's view may be outdated already
-            if len(self.views) >= VIEWS_MAX:
-                self.views.clear()
-            self.views[layer_id, region] = view
-        return view
-
-    def extents(
-        self, first_block: int, count: int, layer_id: int = 0, limit: int = 1 << 16
-    ) -> list[tuple[int, bool]]:
-        """(block count, is data) runs from `first_block` on, neighbours merged, at most `limit`."""
-        if not self.complete:
-            raise StateError(f"replica {self.path} is incomplete; read from another member")
-        found: list[tuple[int, bool]] = []
-        for block, length in pieces(first_block, count):
-            slots = self._slots_of(block, length, layer_id, 0)
-            assert slots is not None
-            kinds, at = slots.translate(_IS_DATA), 0
-            while at < length:
-                run, is_data = run_length(kinds, at), kinds[at] == 1
-                if found and found[-1][1] == is_data:
-                    found[-1] = (found[-1][0] + run, is_data)
-                elif len(found) == limit:
-                    return found
-                else:
-                    found.append((run, is_data))
-                at += run
-        return found
+    # The index
 
     def resolve_live(self, region: int) -> bytes:
         """What the index of a region must hold, from the maps of the live chain."""
@@ -458,23 +284,6 @@ class DataPath(Store):
         start = region * BLOCKS_PER_REGION
         assert self._index_ready[region // REGIONS_PER_ZONE]
         self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
-
-
-def _read_data(handle: LayerFile, block: int, data: memoryview, flags: int) -> bool:
-    """Read blocks of one region; False: it would block."""
-    offset = (block + (block >> 10) + 2) << 12
-    try:
-        got = os.preadv(handle.fd, [data], offset, flags)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise storage_error("reading layer", handle.path, error) from error
-    if got == len(data):
-        return True
-    if flags:
-        return False
-    handle.read(block, len(data) // BLOCK_BYTES, data)
-    return True
 
 
 def _split_zeros(first_block: int, data: memoryview, checksums: Sequence[int]) -> tuple[Runs, Runs]:

@@ -3,7 +3,7 @@
 `Replica` adds opening, the layer tree and background work to the data path (datapath.py) and the
 copying of layers (copying.py); files and flushes are in store.py.
 
-One thread, the event loop's, calls everything, except: `read_into` without `nowait`, `layer_read`
+One thread, the event loop's, calls everything, except: `read_into`, `layer_read`
 and `FlushJob.run` may run in another thread.
 
 What is durable when: `write` and `zero` after the next flush; `seal` after the next flush (a power

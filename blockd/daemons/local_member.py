@@ -3,10 +3,12 @@
 `--replica dir:PATH` saves the second process and the socket in between: for a volume with one
 replica that is the whole data path. To the engine it is a member like any other: it takes what the
 engine queued on its link and answers with the same frames; only the bytes in between are missing.
-If the process dies, the replica recovers like one whose own daemon died.
+Reads are not even queued (`read_now`). If the process dies, the replica recovers like one whose own
+daemon died.
 
 The answers to a batch are given before `flush` returns, except FLUSH and reads that miss the page
-cache, which run in a thread.
+cache, which run in a thread. Data lies in an arena that is used again when no client has unsent
+answers.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.replica_service import ReplicaService, as_storage_error
+from blockd.daemons.replica_service import ReplicaService, as_storage_error, next_part
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.checksum import block_checksums
 from protocol.errors import BlockdError, StorageError
 from protocol.streams import lazy_buffer
-from protocol.units import BLOCKS_PER_REGION
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
 from snapshots.replica import Replica
 
 if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
-    from replication.link import Link
+    from replication.link import Link, Reads
 
 ARENA_BYTES = 2 << 20  # data of one batch of reads; one read of the largest size always fits
 _MAP_BYTES = 4 * BLOCKS_PER_REGION
@@ -66,7 +68,7 @@ class LocalMember:
 
     def __init__(self, daemon: VolumeDaemon, link: Link, session: LocalSession) -> None:
         self.link = link
-        link.read_message = _read_message
+        link.read_now = self.read_now
         self._daemon = daemon
         self._service = session.service
         self._replica = session.service.replica
@@ -79,9 +81,6 @@ class LocalMember:
         queue = self.link.queue
         while queue and self._open:
             messages, queue[:] = list(queue), []
-            if self._used and self._daemon.answers_waiting():
-                self._arena = lazy_buffer(ARENA_BYTES)  # the old one is still being sent
-            self._used = 0
             self._deliver(self._batch(messages))
         return True
 
@@ -95,9 +94,6 @@ class LocalMember:
         while index < len(messages):
             head = messages[index]
             index += 1
-            if type(head) is tuple:
-                self._read(head, answers)
-                continue
             operation, flags, length, offset, sequence, argument, size = wire.fields(head)
             left = size + wire.HEADER_BYTES - len(head)
             parts = []
@@ -130,31 +126,41 @@ class LocalMember:
             self._service.worked()
         return answers
 
-    def _read(self, asked: tuple[int, int, int, int], answers: list[wire.Frame]) -> None:
-        sequence, offset, length, layer_id = asked
-        self._service.reads += 1
-        count = length >> 12
-        base = self._used
-        if base + length + 4 * count > ARENA_BYTES:
-            self._arena = lazy_buffer(ARENA_BYTES)
-            base = 0
-        try:
-            used = self._replica.read_into(
-                offset >> 12, count, self._arena[base:], layer_id, nowait=True
-            )
-        except BlockdError as error:
-            answers.append(_refused(sequence, error))
-            return
-        if used < 0:
-            self._read_cold(length, offset, sequence, layer_id)
-            return
-        self._used = used = base + used
-        answers.append((wire.DATA, 0, length, offset, sequence, 0, self._arena[base:used]))
+    def read_now(self, reads: Reads) -> None:
+        """Answer reads at once, those that are not in memory from a thread."""
+        if self.link.queue:
+            self.flush()  # what was queued before must be seen
+        total = len(reads.counts)
+        self._service.reads += total
+        at = 0
+        while at < total:
+            part, blocks = next_part(reads.counts, at, total)
+            asked = reads if part == total else reads.part(at, at + part)
+            done = self._read(asked, blocks)
+            at += done
+            if done < part:
+                self._read_cold(reads.part(at, at + 1))
+                at += 1
 
-    def _read_cold(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+    def _read(self, reads: Reads, blocks: int) -> int:
+        """Answer as many reads as are in memory one after the other; how many."""
+        start = self._used if self._daemon.answers_waiting() else 0
+        if start + blocks * (BLOCK_BYTES + 4) > ARENA_BYTES:
+            self._arena = lazy_buffer(ARENA_BYTES)  # the old one is still being sent
+            start = 0
+        target = self._arena[start:]
+        done, used = self._replica.read_ranges(reads.firsts, reads.counts, target, reads.layer_id)
+        self._used = start + used
+        if done:
+            answered = reads if done == len(reads.counts) else reads.part(0, done)
+            self._daemon.engine.deliver(self.link, answered, target[:used])
+        return done
+
+    def _read_cold(self, reads: Reads) -> None:
         """Some of it is not in memory: read in a thread; if a write got in between, read here."""
-        first, count = offset >> 12, length >> 12
-        target = memoryview(bytearray(length + 4 * count))
+        first, count, layer_id = reads.firsts[0], reads.counts[0], reads.layer_id
+        sequence = self._daemon.engine.remember(self.link, reads)
+        target = memoryview(bytearray(count * (BLOCK_BYTES + 4)))
 
         def done(used: int, failure: BaseException | None) -> None:
             if not self._open:
@@ -165,7 +171,7 @@ class LocalMember:
             except BlockdError as error:
                 self._later(_refused(sequence, error))
             else:
-                self._later((wire.DATA, 0, length, offset, sequence, 0, target[:used]))
+                self._later((wire.DATA, 0, 0, 0, sequence, 1, target[:used]))
 
         self._service.loop.in_thread(
             lambda: self._replica.read_into(first, count, target, layer_id), done
@@ -198,7 +204,7 @@ class LocalMember:
         if operation == wire.EXTENTS:
             answer = wire.EXTENT_LIST
             runs = self._replica.extents(offset >> 12, length >> 12, argument)
-            payload = b"".join(struct.pack("<II", count, has_data) for count, has_data in runs)
+            payload = wire.extents_frame(sequence, runs)[wire.HEADER_BYTES :]
         elif operation == wire.CONTROL:
             answer = wire.ANSWER
             result = self._service.control(wire.json_content(content), self)
@@ -237,14 +243,8 @@ class LocalMember:
             self._service.close()
 
 
-def _read_message(*fields: int) -> tuple[int, ...]:
-    """Sequence, offset, length and layer id as they are: nothing has to cross a wire."""
-    return fields
-
-
 def _refused(sequence: int, error: BlockdError) -> wire.Frame:
-    message = wire.json_frame(wire.REFUSED, sequence, {"code": error.code, "message": str(error)})
-    payload = memoryview(message)[wire.HEADER_BYTES :]
+    payload = memoryview(wire.refused_frame(sequence, error))[wire.HEADER_BYTES :]
     return (wire.REFUSED, 0, 0, 0, sequence, error.errno, payload)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blockd.daemons import addresses, process
 from blockd.daemons.stream import Stream
@@ -26,7 +26,7 @@ from protocol.nbd import replies, requests
 from protocol.nbd.exports import Export
 from protocol.nbd.handshake import TRANSMISSION, Handshake
 from protocol.streams import Inbox, Outbox
-from protocol.units import BLOCK_BYTES
+from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 
 if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
@@ -193,41 +193,52 @@ class NbdConnection(Stream):
         return bool(self._backlog) and self.reading_bytes <= READING_BYTES_MAX // 2
 
     def _run(self, batch: list[requests.Request]) -> None:
+        """Hand requests to the engine; each is also its cookie there. Reads go together."""
         engine, size, layer_id = self._engine, self._size_bytes, self.layer_id
         special = self._daemon.stopping  # then every request is looked at
+        room = READING_BYTES_MAX - self.reading_bytes
+        reads: list[requests.Request] = []
         engine.next_turn()
         left = iter(batch)
         for request in left:
-            if self._leaving:
-                return  # what follows a DISC means nothing
-            self._under_way += 1
-            command, flags, cookie, offset, length, payload = request
+            command, flags, _, offset, length, payload = request
             if (
-                flags == 0
-                and command <= 1
-                and 0 < length <= 1 << 20
-                and offset + length <= size
-                and not (command and layer_id)
-                and not special
+                flags
+                or command > nbd.CMD_WRITE
+                or not 0 < length <= PIECE_BYTES_MAX
+                or offset + length > size
+                or (offset | length) & _MASK
+                or special
+                or (command and layer_id)
             ):
-                if command == 0:
-                    self.reading_bytes += length
-                    engine.read(self, (cookie, 0, False, length), offset, length, layer_id)
-                else:
-                    engine.write(self, (cookie, 1), offset, payload, False)  # type: ignore[arg-type]
-            else:
+                self._under_way += 1
                 self._run_other(request)
-            if self.reading_bytes > READING_BYTES_MAX:
-                self._backlog = list(left)
-                self.hold()
-                return
+                if self._leaving:
+                    break  # what follows a DISC means nothing
+            elif command:
+                self._under_way += 1
+                engine.write(self, request, offset, payload, False)  # type: ignore[arg-type]
+            else:
+                reads.append(request)
+            if command == nbd.CMD_READ:
+                room -= length
+                if room < 0:
+                    self._backlog = list(left)
+                    self.hold()
+                    break
+        if reads:
+            counts = [request[4] >> 12 for request in reads]
+            self._under_way += len(reads)
+            self.reading_bytes += sum(counts) << 12
+            engine.read_blocks(
+                self, reads, [request[3] >> 12 for request in reads], counts, layer_id
+            )
 
     def _run_other(self, request: requests.Request) -> None:
         command, flags, cookie, offset, length, payload = request
         export = self.export
         assert export is not None
         contexts = self._handshake.contexts
-        tag = (cookie, command)
         code = requests.check(command, flags, offset, length, export, self._structured, contexts)
         if self._daemon.stopping and command != nbd.CMD_DISC:
             code = nbd.ESHUTDOWN
@@ -237,26 +248,22 @@ class NbdConnection(Stream):
             self._under_way -= 1
             self._leaving = True
         elif command == nbd.CMD_FLUSH:
-            self._engine.flush(self, tag)
+            self._engine.flush(self, request)
         elif not length or command == nbd.CMD_CACHE:
-            self.done(tag, 0)
+            self._under_way -= 1
+            self._succeed(request)
         elif command == nbd.CMD_READ:
-            whole = bool(flags & nbd.CMD_FLAG_DF)
             self.reading_bytes += length
-            tag_read = (cookie, command, whole, length)
-            self._engine.read(self, tag_read, offset, length, self.layer_id)
+            self._engine.read(self, request, offset, length, self.layer_id)
         elif command == nbd.CMD_BLOCK_STATUS:
-            one = bool(flags & nbd.CMD_FLAG_REQ_ONE)
-            self._engine.extents(
-                self, (cookie, command, offset, length, one), offset, length, self.layer_id
-            )
+            self._engine.extents(self, request, offset, length, self.layer_id)
         elif command == nbd.CMD_WRITE:
             assert payload is not None
-            self._engine.write(self, tag, offset, payload, bool(flags & nbd.CMD_FLAG_FUA))
+            self._engine.write(self, request, offset, payload, bool(flags & nbd.CMD_FLAG_FUA))
         else:
             keep = bool(flags & nbd.CMD_FLAG_NO_HOLE)
             fua = bool(flags & nbd.CMD_FLAG_FUA)
-            self._engine.zero(self, tag, offset, length, keep, fua)
+            self._engine.zero(self, request, offset, length, keep, fua)
 
     def _refuse(self, cookie: int, code: int, message: str) -> None:
         self._under_way -= 1
@@ -264,34 +271,43 @@ class NbdConnection(Stream):
 
     # ---- answers (the engine calls these) ---------------------------------------------------
 
-    def done(self, cookie: Any, error: int) -> None:
+    def done(self, cookie: requests.Request, error: int) -> None:
         self._under_way -= 1
-        handle = cookie[0]
-        if cookie[1] == nbd.CMD_READ and len(cookie) == 4:
-            self.reading_bytes -= cookie[3]
+        if cookie[0] == nbd.CMD_READ:
+            self.reading_bytes -= cookie[4]
         if error:
             code = replies.error_of(error)
-            self._queue.append(replies.error_reply(handle, code, self._structured))
-        elif cookie[1] == nbd.CMD_READ and self._structured:
-            self._queue.append(replies.done_chunk(handle))
+            self._queue.append(replies.error_reply(cookie[2], code, self._structured))
         else:
-            self._queue.append(replies.simple_reply(handle))
+            self._succeed(cookie)
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+    def _succeed(self, request: requests.Request) -> None:
+        """Answer a request that returns no data."""
+        if request[0] == nbd.CMD_READ and self._structured:
+            self._queue.append(replies.done_chunk(request[2]))
+        else:
+            self._queue.append(replies.simple_reply(request[2]))
+
+    def blocks(self, cookies: Sequence[requests.Request], blocks: Sequence[memoryview]) -> None:
+        self._under_way -= len(cookies)
+        self.reading_bytes -= len(cookies) * BLOCK_BYTES
+        self._queue += replies.block_replies(cookies, blocks, self._structured)
+
+    def data(self, cookie: requests.Request, chunks: Chunks) -> None:
         self._under_way -= 1
-        self.reading_bytes -= cookie[3]
-        handle = cookie[0]
+        _, flags, handle, offset, length, _ = cookie
+        self.reading_bytes -= length
         queue = self._queue
         if not self._structured:
             queue.append(replies.simple_reply(handle))
             self._plain(chunks)
             return
         if len(chunks) == 1 and chunks[0][1] is not None:
-            queue.append(replies.data_chunk(handle, offset, chunks[0][0]))
+            queue.append(replies.data_chunk(handle, offset, length))
             queue.append(chunks[0][1])
             return
-        if cookie[2]:  # DF: one chunk, holes written out
-            queue.append(replies.data_chunk(handle, offset, sum(count for count, _ in chunks)))
+        if flags & nbd.CMD_FLAG_DF:  # one chunk, holes written out
+            queue.append(replies.data_chunk(handle, offset, length))
             self._plain(chunks)
             return
         last = len(chunks) - 1
@@ -314,9 +330,10 @@ class NbdConnection(Stream):
                 self._queue.append(_ZERO[:part])
                 count -= part
 
-    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
+    def extents(self, cookie: requests.Request, runs: Sequence[tuple[int, bool]]) -> None:
         self._under_way -= 1
-        handle, _, offset, length, one = cookie
+        _, flags, handle, offset, length, _ = cookie
+        one = flags & nbd.CMD_FLAG_REQ_ONE
         lead = offset & _MASK
         extents: list[tuple[int, int]] = []
         for blocks, has_data in runs:

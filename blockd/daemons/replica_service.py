@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockd.daemons import process
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
+from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 
 BUSY_SECONDS = 2.0  # between signs of life during a flush; far below the peer's limit for silence
+READ_BLOCKS_MAX = (
+    PIECE_BYTES_MAX // BLOCK_BYTES
+)  # of one read, or of several that are read together
 MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
 
 
@@ -40,6 +44,13 @@ class _Flush:
             self.failure = error
         finally:
             self.ended.set()
+
+
+def next_part(counts: Sequence[int], at: int, most: int) -> tuple[int, int]:
+    """How many ranges from number `at` on to read together, and their blocks (READ_BLOCKS_MAX)."""
+    part = counts[at : at + most]
+    blocks = sum(part)
+    return (len(part), blocks) if blocks <= READ_BLOCKS_MAX else (1, part[0])
 
 
 class ReplicaService:

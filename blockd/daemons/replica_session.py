@@ -2,7 +2,7 @@
 
 Called by the loop when the socket is ready. A batch is everything one `recv` brought; its answers
 leave in one `send`, most of them from one arena, so a read is one `preadv` into the arena and
-nothing is copied. WRITE and ZERO of a batch are answered by one APPLIED.
+nothing is copied. WRITE and ZERO of a batch are answered by one APPLIED, reads by one DATA.
 
 Invariants:
 - data operations only after FENCE, and only while this session is the newest fenced one
@@ -17,9 +17,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from operator import add
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.replica_service import as_storage_error
+from blockd.daemons.replica_service import READ_BLOCKS_MAX, as_storage_error, next_part
 from blockd.daemons.stream import Stream
 from protocol import replica as wire
 from protocol.checksum import block_checksum, block_checksums
@@ -30,7 +31,7 @@ from protocol.errors import (
     StorageError,
 )
 from protocol.streams import Inbox, Outbox, lazy_buffer
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
 
 if TYPE_CHECKING:
     from blockd.daemons.replica import ReplicaDaemon
@@ -134,9 +135,9 @@ class ReplicaSession(Stream):
                 self._new_arena()
         return self._arena_used
 
-    def _answer(self, operation: int, sequence: int, length: int = 0, offset: int = 0) -> None:
+    def _answer(self, operation: int, sequence: int) -> None:
         base = self._room(wire.HEADER_BYTES)
-        wire.pack_into(self._arena, base, operation, sequence, length, offset, 0)
+        wire.pack_into(self._arena, base, operation, sequence)
         self._arena_used = base + wire.HEADER_BYTES
 
     def _send(self, message: bytes | memoryview) -> None:
@@ -145,13 +146,7 @@ class ReplicaSession(Stream):
         self.outbox.queue.append(message)
 
     def _refuse(self, sequence: int, error: BlockdError) -> None:
-        payload = wire.json_frame(
-            wire.REFUSED, sequence, {"code": error.code, "message": str(error)}
-        )[wire.HEADER_BYTES :]
-        self._send(
-            wire.frame(wire.REFUSED, sequence, argument=error.errno, payload_bytes=len(payload))
-            + payload
-        )
+        self._send(wire.refused_frame(sequence, error))
 
     # ---- introduction ---------------------------------------------------------------------
 
@@ -218,7 +213,7 @@ class ReplicaSession(Stream):
                 self._write(length, offset, sequence, payload)
                 applied = sequence
             elif operation == wire.READ:
-                self._read(length, offset, sequence, argument)
+                self._read(*wire.read_ranges(payload), sequence, argument)
             elif operation == wire.ZERO:
                 self._zero(flags, length, offset, sequence)
                 applied = sequence
@@ -281,33 +276,38 @@ class ReplicaSession(Stream):
             self._service.refused()
             self._refuse(sequence, error)
 
-    def _read(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
-        self._check_range(offset, length)
-        if length > PIECE_BYTES_MAX:
-            raise wire.WireError(f"a read of {length} bytes is over the limit {PIECE_BYTES_MAX}")
-        self._service.reads += 1
-        count = length // BLOCK_BYTES
-        base = self._room(wire.HEADER_BYTES + length + 4 * count)
-        start = base + wire.HEADER_BYTES
-        try:
-            used = self._replica.read_into(
-                offset // BLOCK_BYTES, count, self._arena[start:], layer_id, nowait=True
+    def _read(self, firsts: list[int], counts: list[int], sequence: int, layer_id: int) -> None:
+        """Answer the ranges of one READ in parts, those that are not in memory from a thread."""
+        if not 0 < min(counts) <= max(counts) <= READ_BLOCKS_MAX:
+            raise wire.WireError(f"reads of {min(counts)} to {max(counts)} blocks")
+        if max(map(add, firsts, counts)) > self._replica.block_count:
+            raise wire.WireError(f"a read ends beyond {self._replica.size_bytes} bytes")
+        self._service.reads += len(counts)
+        at = 0
+        while at < len(counts) and self.socket is not None:
+            if at:
+                self.flush()
+            part, blocks = next_part(counts, at, ANSWERS_PER_SEND)
+            base = self._room(wire.HEADER_BYTES + blocks * (BLOCK_BYTES + 4))
+            start = base + wire.HEADER_BYTES
+            done, used = self._replica.read_ranges(
+                firsts[at : at + part], counts[at : at + part], self._arena[start:], layer_id
             )
-        except BlockdError as error:
-            self._refuse(sequence, error)
-            return
-        if used < 0:
-            self._read_cold(length, offset, sequence, layer_id)
-            return
-        wire.pack_into(self._arena, base, wire.DATA, sequence, length, offset, used)
-        self._arena_used = start + used
+            if done:
+                number = sequence + at
+                wire.pack_into(
+                    self._arena, base, wire.DATA, number, argument=done, payload_bytes=used
+                )
+                self._arena_used = start + used
+            at += done
+            if done < part:
+                self._read_cold(firsts[at], counts[at], sequence + at, layer_id)
+                at += 1
 
-    def _read_cold(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+    def _read_cold(self, first: int, count: int, sequence: int, layer_id: int) -> None:
         """Some of it is not in memory: read in a thread; if a write got in between, read here."""
-        count = length // BLOCK_BYTES
-        buffer = bytearray(wire.HEADER_BYTES + length + 4 * count)
+        buffer = bytearray(wire.HEADER_BYTES + count * (BLOCK_BYTES + 4))
         target = memoryview(buffer)[wire.HEADER_BYTES :]
-        first = offset // BLOCK_BYTES
 
         def read() -> int:
             return self._replica.read_into(first, count, target, layer_id)
@@ -317,11 +317,11 @@ class ReplicaSession(Stream):
                 return
             try:
                 if failure is not None or used < 0:
-                    used = self._replica.read_into(first, count, target, layer_id, nowait=False)
+                    used = self._replica.read_into(first, count, target, layer_id)
             except BlockdError as error:
                 self._refuse(sequence, error)
             else:
-                wire.pack_into(buffer, 0, wire.DATA, sequence, length, offset, used)
+                wire.pack_into(buffer, 0, wire.DATA, sequence, argument=1, payload_bytes=used)
                 self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
             self.flush()
 
@@ -362,8 +362,7 @@ class ReplicaSession(Stream):
     def _extents(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
         self._check_range(offset, length)
         runs = self._replica.extents(offset // BLOCK_BYTES, length // BLOCK_BYTES, layer_id)
-        payload = b"".join(struct.pack("<II", count, has_data) for count, has_data in runs)
-        self._send(wire.frame(wire.EXTENT_LIST, sequence, payload_bytes=len(payload)) + payload)
+        self._send(wire.extents_frame(sequence, runs))
 
     def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
         """In a thread: 4 MiB that may not be in memory. The peer holds the range meanwhile."""
@@ -376,7 +375,15 @@ class ReplicaSession(Stream):
             if failure is not None:
                 self._refuse(sequence, as_storage_error(failure))
             else:
-                wire.pack_into(buffer, 0, wire.LAYER_DATA, sequence, 0, region, used)
+                wire.pack_into(
+                    buffer,
+                    0,
+                    wire.LAYER_DATA,
+                    sequence,
+                    length=wire.map_checksum(target),
+                    offset=region,
+                    payload_bytes=used,
+                )
                 self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
             self.flush()
 

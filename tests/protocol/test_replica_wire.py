@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import replica as wire
-from protocol.checksum import block_checksums
+from protocol.checksum import block_checksums, crc32c
 from protocol.errors import PeerError
 from protocol.streams import INBOX_BYTES, Inbox
 from protocol.units import BLOCK_BYTES
@@ -128,14 +128,33 @@ def test_a_transcript_is_made_again_by_the_functions_that_frame(name: str) -> No
             data = payload[4 * (length // BLOCK_BYTES) :]
             assert wire.write_header(sequence, offset, data) + data == line.data
         elif operation == wire.READ:
-            assert wire.read_header(sequence, offset, length, argument) == line.data
+            assert wire.read_frame(sequence, *wire.read_ranges(payload), argument) == line.data
+        elif operation == wire.EXTENT_LIST:
+            assert payload is not None
+            values = payload.cast("I").tolist()
+            runs = [
+                (count, bool(data)) for count, data in zip(values[::2], values[1::2], strict=True)
+            ]
+            assert wire.extents_frame(sequence, runs) == line.data
+        elif operation in (wire.LAYER_DATA, wire.LAYER_WRITE):
+            assert payload is not None
+            assert wire.map_checksum(payload) == length
         elif payload is not None and line.data.endswith(b"}") and operation != wire.REFUSED:
             content = json.loads(bytes(payload))
             assert wire.json_frame(operation, sequence, content) == line.data
             assert wire.json_content(payload) == content
-        if not argument and not flags:
+        if not flags:
             buffer = bytearray(b"\xff" * 60)
-            wire.pack_into(buffer, 7, operation, sequence, length, offset, size)
+            wire.pack_into(
+                buffer,
+                7,
+                operation,
+                sequence,
+                length=length,
+                offset=offset,
+                argument=argument,
+                payload_bytes=size,
+            )
             assert buffer == b"\xff" * 7 + made + b"\xff" * 13
 
 
@@ -154,7 +173,7 @@ def test_every_operation_stands_in_a_transcript() -> None:
 
 NOT_OPERATIONS = {
     *("MAGIC", "VERSION", "HEADER_BYTES", "PAYLOAD_BYTES_MAX", "NONCE_BYTES", "KEEP_ALLOCATED"),
-    *("BLOCK_BYTES", "BLOCKS_PER_REGION", "REGION_BYTES"),
+    *("BLOCK_BYTES", "BLOCKS_PER_REGION", "REGION_BYTES", "READS_MAX"),
 }
 
 
@@ -212,6 +231,50 @@ def test_each_flipped_bit_of_a_header_is_noticed(bit: int) -> None:
         parsed(bytes(head))
 
 
+@pytest.mark.parametrize(
+    ("message", "covered_bytes"),
+    [
+        (wire.read_frame(5, [1, 9], [1, 300], 2), 16),
+        (wire.extents_frame(5, [(3, True), (1, False)]), 16),
+        (wire.json_frame(wire.CONTROL, 5, {"do": "revert", "layer_id": 3}), 28),
+        (wire.refused_frame(5, PeerError("no")), 30),
+    ],
+)
+def test_each_flipped_bit_of_what_no_map_entry_protects_is_noticed(
+    message: bytes, covered_bytes: int
+) -> None:
+    assert len(message) >= wire.HEADER_BYTES + covered_bytes
+    parsed(message)
+    for bit in range(8 * wire.HEADER_BYTES, 8 * len(message)):
+        damaged = bytearray(message)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(wire.WireError):
+            parsed(bytes(damaged))
+
+
+@pytest.mark.parametrize("operation", [wire.LAYER_DATA, wire.LAYER_WRITE])
+def test_each_flipped_bit_of_a_map_block_is_noticed(operation: int) -> None:
+    payload = struct.pack("<1024I", *[0, 1] * 511, 7, 9) + b"d" * (2 * BLOCK_BYTES)
+    head = wire.frame(
+        operation,
+        5,
+        length=wire.map_checksum(memoryview(payload)),
+        payload_bytes=len(payload),
+    )
+    parsed(head + payload)
+    for bit in range(0, 8 * 4096, 13):
+        damaged = bytearray(head + payload)
+        damaged[wire.HEADER_BYTES + bit // 8] ^= 1 << bit % 8
+        with pytest.raises(wire.WireError):
+            parsed(bytes(damaged))
+
+
+@pytest.mark.parametrize("size", [0, 4, 7, 12, 8 * wire.READS_MAX + 8])
+def test_a_read_of_no_or_half_or_too_many_ranges_is_refused(size: int) -> None:
+    with pytest.raises(wire.WireError):
+        wire.read_ranges(memoryview(bytes(size)) if size else None)
+
+
 def test_a_payload_over_the_limit_is_refused_at_its_header() -> None:
     assert parsed(wire.frame(wire.LAYER_WRITE, 1, payload_bytes=wire.PAYLOAD_BYTES_MAX)) == []
     with pytest.raises(wire.WireError, match="limit"):
@@ -220,7 +283,8 @@ def test_a_payload_over_the_limit_is_refused_at_its_header() -> None:
 
 def test_the_largest_payload_arrives_in_a_buffer_of_bounded_size() -> None:
     payload = bytes(range(256)) * (wire.PAYLOAD_BYTES_MAX // 256)
-    message = wire.frame(wire.LAYER_WRITE, 1, payload_bytes=len(payload)) + payload
+    check = wire.map_checksum(memoryview(payload))
+    message = wire.frame(wire.LAYER_WRITE, 1, length=check, payload_bytes=len(payload)) + payload
     receiver = Receiver()
     for start in range(0, 2 * len(message), 200_000):
         receiver.feed((message + message)[start : start + 200_000])
@@ -295,6 +359,9 @@ def test_what_is_framed_is_parsed_again(
     argument: int,
     payload: bytes,
 ) -> None:
+    covered = wire._COVERED[operation]
+    if covered and payload:
+        length = crc32c(payload[:covered])
     head = wire.frame(
         operation,
         sequence,
@@ -305,8 +372,7 @@ def test_what_is_framed_is_parsed_again(
         payload_bytes=len(payload),
     )
     (frame,) = parsed(head + payload)
-    expected = (operation, flags, length, offset, sequence, argument, len(payload))
-    assert meaning(frame) == expected
+    assert meaning(frame) == (operation, flags, length, offset, sequence, argument, len(payload))
     assert bytes(frame[6] or b"") == payload
 
 

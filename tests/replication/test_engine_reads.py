@@ -10,11 +10,11 @@ import struct
 import pytest
 
 from protocol import replica as wire
-from protocol.checksum import block_checksums
+from protocol.checksum import block_checksums, crc32c
 from protocol.errors import PeerError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication.engine import BATCHES_PER_TURN, EXTENTS_BLOCKS_MAX
-from tests.replication.world import World
+from tests.replication.world import Request, World
 
 
 def filled(count: int = 3, size_bytes: int = 64 * BLOCK_BYTES) -> World:
@@ -200,6 +200,86 @@ def test_a_snapshot_is_read_by_its_layer() -> None:
     assert read.result == before[: 5 * BLOCK_BYTES]
 
 
+# ---- reads that go together ---------------------------------------------------------------------
+
+RANGES = [(0, 1), (2, 1), (4, 1), (0, 5), (1, 1), (6, 2), (8, 1), (62, 2), (10, 1), (3, 1)]
+
+
+def check_reads(world: World, reads: list[Request]) -> None:
+    world.settle()
+    for read in reads:
+        assert read.result == bytes(world.model[read.offset : read.offset + read.length])
+    world.check_order()
+
+
+def test_reads_that_go_together_are_one_message() -> None:
+    world = filled(1)
+    reads = world.read_blocks(RANGES)
+    (message,) = world.link("r0").queue
+    assert len(message) == wire.HEADER_BYTES + 8 * len(RANGES)
+    check_reads(world, reads)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reads_that_go_together_are_answered_in_parts_and_in_any_order(seed: int) -> None:
+    world = World(2, seed=seed, size_bytes=64 * BLOCK_BYTES)
+    for number in range(0, 64, 2):
+        world.write(number * BLOCK_BYTES, world.random.randbytes(BLOCK_BYTES))
+    world.settle()
+    for replica in world.replicas.values():
+        replica.defers = True
+    reads = world.read_blocks(RANGES)
+    world.steps(world.random.randrange(25))
+    for replica in world.replicas.values():
+        replica.defers = False
+    if seed % 2:
+        world.lose("r0")
+    check_reads(world, reads)
+    assert not any(link.reads for link in world.engine.links.values() if link.connected)
+
+
+def test_one_bad_block_among_reads_that_go_together_is_read_elsewhere() -> None:
+    world = filled()
+    bad = world.engine.reader
+    assert bad is not None
+    world.replicas[bad.replica_uuid].corrupt = {2}
+    check_reads(world, world.read_blocks(RANGES))
+    assert world.engine.checksum_errors == 2  # block 2 alone, and blocks 0 to 4
+
+
+def test_refused_reads_among_others_are_asked_of_another_member() -> None:
+    world = filled()
+    for replica in list(world.replicas.values())[:2]:
+        replica.fault = lambda operation, offset, length: (
+            errno.EIO if operation == wire.READ and offset in (0, 4 * BLOCK_BYTES) else 0
+        )
+    check_reads(world, world.read_blocks(RANGES))
+
+
+def test_more_reads_than_fit_one_message_are_several() -> None:
+    world = filled(1)
+    reads = world.read_blocks([(number % 64, 1) for number in range(2 * wire.READS_MAX + 7)])
+    assert len(world.link("r0").queue) == 3
+    check_reads(world, reads)
+
+
+def test_an_answer_that_covers_reads_of_two_messages_breaks_the_session() -> None:
+    world = World(1)
+    reads = [*world.read_blocks([(0, 1), (1, 1)]), *world.read_blocks([(2, 1)])]
+    with pytest.raises(PeerError):
+        answer_with(world, wire.DATA, 1, 3, struct.pack("<3I", 1, 1, 1))
+    check_reads(world, reads)
+
+
+def test_a_read_answered_twice_breaks_the_session() -> None:
+    world = World(1)
+    (read,) = world.read_blocks([(0, 1)])
+    answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1))
+    with pytest.raises(PeerError):
+        answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1))
+    assert read.answers == 1
+
+
 # ---- extents ----------------------------------------------------------------------------------
 
 
@@ -237,8 +317,11 @@ def test_extents_of_more_than_the_limit_are_cut_at_it() -> None:
 # ---- answers a replica must not give ------------------------------------------------------------
 
 
-def answer_with(world: World, operation: int, sequence: int, length: int, payload: bytes) -> None:
-    head = wire.frame(operation, sequence, length=length, payload_bytes=len(payload))
+def answer_with(world: World, operation: int, sequence: int, count: int, payload: bytes) -> None:
+    """An answer to `count` reads, or another one."""
+    covered = crc32c(payload) if operation in (wire.ANSWER, wire.EXTENT_LIST) else 0
+    size = len(payload)
+    head = wire.frame(operation, sequence, length=covered, argument=count, payload_bytes=size)
     view = memoryview(head + payload)
     frames: list[wire.Frame] = []
     wire.parse(view, view, 0, len(view), frames)
@@ -264,7 +347,7 @@ def test_an_answer_to_nothing_asked_breaks_the_session(operation: int, sequence:
     world = World(1)
     world.read(0, BLOCK_BYTES)
     with pytest.raises(PeerError):
-        answer_with(world, operation, sequence, BLOCK_BYTES, b"")
+        answer_with(world, operation, sequence, 1, b"")
 
 
 def test_applied_never_goes_back() -> None:
@@ -279,19 +362,23 @@ def test_applied_never_goes_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "payload"),
+    ("count", "payload"),
     [
-        (2 * BLOCK_BYTES, b"123"),  # shorter than its map
-        (8 << 20, data_payload(b"a" * BLOCK_BYTES)),  # a length that is not there
-        (BLOCK_BYTES, data_payload(b"a" * BLOCK_BYTES)),  # less than asked, and consistent
-        (0, b"1234"),
+        (1, b"123"),  # shorter than its map
+        (1, data_payload(b"a" * BLOCK_BYTES)),  # less than asked, and consistent
+        (1, data_payload(*[b"a" * BLOCK_BYTES] * 3)),  # more than asked
+        (1, data_payload(*[b"a" * BLOCK_BYTES] * 2) + b"z"),
+        (2, data_payload(*[b"a" * BLOCK_BYTES] * 2)),  # answers to more reads than were asked
+        (0, data_payload(*[b"a" * BLOCK_BYTES] * 2)),
+        (1, b""),
+        (1, b"1234"),
     ],
 )
-def test_data_of_another_shape_than_asked_is_not_passed_on(length: int, payload: bytes) -> None:
+def test_data_of_another_shape_than_asked_is_not_passed_on(count: int, payload: bytes) -> None:
     world = World(1)
     read = world.read(0, 2 * BLOCK_BYTES)
     try:
-        answer_with(world, wire.DATA, 1, length, payload)
+        answer_with(world, wire.DATA, 1, count, payload)
     except PeerError:
         return
     assert read.error == errno.EIO

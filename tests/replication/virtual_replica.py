@@ -15,6 +15,7 @@ import errno
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from protocol import replica as wire
@@ -148,12 +149,7 @@ class VirtualReplica:
 
     @staticmethod
     def _refuse(sequence: int, error: BlockdError) -> bytes:
-        head = len(wire.frame(0, 0))
-        payload = wire.json_frame(0, 0, {"code": error.code, "message": str(error)})[head:]
-        return (
-            wire.frame(wire.REFUSED, sequence, argument=error.errno, payload_bytes=len(payload))
-            + payload
-        )
+        return wire.refused_frame(sequence, error)
 
     def _bad_range(self, offset: int, length: int) -> str:
         if offset % BLOCK_BYTES or length % BLOCK_BYTES or not length:
@@ -196,10 +192,12 @@ class VirtualReplica:
             name, answer = wire.json_content(payload)["do"], wire.ANSWER
         if name in self.nonsense:
             bad = self.nonsense[name]
-            return wire.frame(answer, sequence, length=length, payload_bytes=len(bad)) + bad
+            if answer == wire.DATA:
+                return wire.frame(answer, sequence, argument=1, payload_bytes=len(bad)) + bad
+            return wire.covered_frame(answer, sequence, bad)
         try:
             if operation == wire.READ:
-                return self._read(sequence, offset, length, argument)
+                return self._read(sequence, *wire.read_ranges(payload), argument)
             if operation == wire.FLUSH:
                 return self._flush(sequence)
             if operation == wire.EXTENTS:
@@ -222,26 +220,45 @@ class VirtualReplica:
         self.deferred.append(answer)
         return b""
 
-    def _read(self, sequence: int, offset: int, length: int, layer_id: int) -> bytes:
-        if bad := self._bad_range(offset, length):
-            return self._violation(bad)
-        if length > PIECE_BYTES_MAX:
-            return self._violation(f"a read of {length} bytes is over the limit")
+    def _read(self, sequence: int, firsts: list[int], counts: list[int], layer_id: int) -> bytes:
+        """Ranges are answered together where that is possible, and when deferred one by one."""
+        answers = b""
+        together: list[tuple[int, int, int]] = []
+        for number, (first, count) in enumerate(zip(firsts, counts, strict=True), sequence):
+            if bad := self._bad_range(first * BLOCK_BYTES, count * BLOCK_BYTES):
+                return self._violation(bad)
+            if count * BLOCK_BYTES > PIECE_BYTES_MAX:
+                return self._violation(f"a read of {count} blocks is over the limit")
+            try:
+                self._check_read(first, count, layer_id)
+            except BlockdError as error:
+                answers += self._data(together, layer_id) + self._refuse(number, error)
+                together = []
+                continue
+            self.reads += 1
+            if self.defers:
+                answer = self._data([(number, first, count)], layer_id)
+                self.deferred.append(partial(bytes, answer))
+            else:
+                together.append((number, first, count))
+        return answers + self._data(together, layer_id)
+
+    def _check_read(self, first: int, count: int, layer_id: int) -> None:
         if not self.complete and not layer_id:
             raise StateError("this replica is being rebuilt")
         if layer_id and layer_id not in self.layers:
             raise NotFoundError(f"no layer {layer_id}")
-        if code := self.fault(wire.READ, offset, length):
+        if code := self.fault(wire.READ, first * BLOCK_BYTES, count * BLOCK_BYTES):
             raise StorageError("cannot be read", errno=code)
-        self.reads += 1
-        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
-        blocks = [self.block(number, layer_id) for number in range(first, first + count)]
-        bad = [number in self.corrupt for number in range(first, first + count)]
-        payload = _payload(blocks, bad)
-        answer = wire.frame(
-            wire.DATA, sequence, length=length, offset=offset, payload_bytes=len(payload)
-        )
-        return self._later(lambda: answer + payload)
+
+    def _data(self, reads: list[tuple[int, int, int]], layer_id: int) -> bytes:
+        if not reads:
+            return b""
+        numbers = [number for _, first, count in reads for number in range(first, first + count)]
+        blocks = [self.block(number, layer_id) for number in numbers]
+        payload = _payload(blocks, [number in self.corrupt for number in numbers])
+        head = wire.frame(wire.DATA, reads[0][0], argument=len(reads), payload_bytes=len(payload))
+        return head + payload
 
     def _flush(self, sequence: int) -> bytes:
         covered = self.order[-1] if self.order else 0
@@ -264,8 +281,7 @@ class VirtualReplica:
                 runs[-1][0] += 1
             else:
                 runs.append([1, has_data])
-        payload = b"".join(struct.pack("<II", *run) for run in runs)
-        return wire.frame(wire.EXTENT_LIST, sequence, payload_bytes=len(payload)) + payload
+        return wire.extents_frame(sequence, [(count, bool(data)) for count, data in runs])
 
     # ---- layers ---------------------------------------------------------------------------
 
@@ -351,7 +367,13 @@ class VirtualReplica:
                 entries += block_checksums(memoryview(block))
                 data.append(block)
         payload = struct.pack(f"<{BLOCKS_PER_REGION}I", *entries) + b"".join(data)
-        answer = wire.frame(wire.LAYER_DATA, sequence, offset=region, payload_bytes=len(payload))
+        answer = wire.frame(
+            wire.LAYER_DATA,
+            sequence,
+            length=wire.map_checksum(memoryview(payload)),
+            offset=region,
+            payload_bytes=len(payload),
+        )
         return answer + payload
 
     def _layer_write(self, layer_id: int, region: int, payload: memoryview) -> None:

@@ -179,6 +179,17 @@ class World:
         self.engine.read(self, len(self.requests) - 1, offset, length, layer_id)
         return request
 
+    def read_blocks(self, ranges: Sequence[tuple[int, int]]) -> list[Request]:
+        """Reads of (first block, block count) that go together."""
+        start = len(self.requests)
+        for first, count in ranges:
+            request = self._submit(Request("read", first * BLOCK_BYTES, count * BLOCK_BYTES))
+            request.result = 0
+        cookies = range(start, len(self.requests))
+        firsts, counts = [first for first, _ in ranges], [count for _, count in ranges]
+        self.engine.read_blocks(self, cookies, firsts, counts, 0)
+        return self.requests[start:]
+
     def flush(self) -> Request:
         request = self._submit(Request("flush", 0, 0))
         self.engine.flush(self, len(self.requests) - 1)
@@ -199,11 +210,14 @@ class World:
         if not error and request.kind in ("write", "zero"):
             self._check_golden_rule(request)
 
-    def data(self, cookie: Any, offset: int, chunks: Chunks) -> None:
+    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
+        for cookie, block in zip(cookies, blocks, strict=True):
+            self.data(cookie, [(BLOCK_BYTES, block)])
+
+    def data(self, cookie: Any, chunks: Chunks) -> None:
         request = self.requests[cookie]
         request.answers += 1
         request.error = 0
-        assert offset == request.offset
         assert sum(count for count, _ in chunks) == request.length
         parts = [bytes(count) if part is None else bytes(part) for count, part in chunks]
         assert [len(part) for part in parts] == [count for count, _ in chunks]

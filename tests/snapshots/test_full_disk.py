@@ -272,6 +272,6 @@ def test_reads_work_on_a_file_system_without_nowait_reads(small_disk: Path) -> N
     data = memoryview(b"n" * 8192)
     replica.write(0, 2, data, block_checksums(data))
     target = memoryview(bytearray(4 * 4100))
-    assert replica.read_into(0, 1, target, nowait=True) == 4100
-    assert replica.read_into(0, 4, target, nowait=True) == 16 + 8192
+    assert replica.read_ranges([0], [1], target) == (1, 4100)
+    assert replica.read_ranges([0], [4], target) == (1, 16 + 8192)
     replica.close()

@@ -16,7 +16,7 @@ import crcmod.predefined
 import pytest
 
 from protocol.checksum import ZEROS, block_checksum, block_checksums
-from snapshots.datapath import WOULD_BLOCK
+from snapshots.readpath import AGAIN
 from tests.snapshots.model import REGION, Model, fill, write
 
 
@@ -63,6 +63,18 @@ def test_a_read_returns_entries_and_then_the_data_of_blocks_that_are_not_zeros(
     assert target[20:used] == fill(1) + fill(2) + fill(3)
 
 
+def cold(*offsets: int) -> Callable[..., int]:
+    """preadv of a machine that has these file offsets not in memory; all, if none are named."""
+    real = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and (offset in offsets or not offsets):
+            raise BlockingIOError
+        return real(fd, buffers, offset, flags)
+
+    return preadv
+
+
 def test_a_read_that_would_block_says_so_and_succeeds_in_a_thread(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,30 +82,64 @@ def test_a_read_that_would_block_says_so_and_succeeds_in_a_thread(
     sealed = model.seal()
     model.reopen()
     target = memoryview(bytearray(2 * 4100))
-    real = os.preadv
-
-    def cold(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags & os.RWF_NOWAIT:
-            raise BlockingIOError
-        return real(fd, buffers, offset, flags)
-
+    replica = model.replica
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", cold)
+        patch.setattr(os, "preadv", cold())
         for layer_id in (0, sealed):
             for count in (1, 2):
-                read = model.replica.read_into
-                assert read(0, count, target, layer_id, nowait=True) == WOULD_BLOCK
+                assert replica.read_ranges([0], [count], target, layer_id) == (0, 0)
+                read = replica.read_into
                 assert in_thread(lambda: read(0, count, target, layer_id)) == count * 4100  # noqa: B023
     for layer_id in (0, sealed):
-        assert model.replica.read_into(0, 1, target, layer_id, nowait=True) == 4100
+        assert replica.read_ranges([0], [1], target, layer_id) == (1, 4100)
         assert target[4:4100] == fill(1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranges_that_are_read_together_are_what_each_of_them_is(model: Model, seed: int) -> None:
+    random = Random(seed)
+    for _ in range(40):
+        model.write(random.randrange(2 * REGION - 4), [random.randrange(5) for _ in range(4)])
+    sealed = model.seal()
+    for _ in range(20):
+        model.write(random.randrange(2 * REGION - 4), [random.randrange(5) for _ in range(4)])
+    firsts = [random.randrange(2 * REGION - 8) for _ in range(20)]
+    counts = [random.choice((1, 1, 1, 2, 8)) for _ in firsts]
+    target = memoryview(bytearray(sum(counts) * 4100))
+    for layer_id in (0, sealed):
+        entries, data = b"", b""
+        for first, count in zip(firsts, counts, strict=True):
+            one = memoryview(bytearray(count * 4100))
+            used = model.replica.read_into(first, count, one, layer_id)
+            entries += one[: 4 * count]
+            data += one[4 * count : used]
+        done, used = model.replica.read_ranges(firsts, counts, target, layer_id)
+        assert done == len(firsts)
+        assert target[:used] == entries + data
+
+
+@pytest.mark.parametrize("bad", range(5))
+def test_ranges_before_one_that_is_not_in_memory_are_read(
+    model: Model, bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.write(0, [1, 2, 3, 4, 5, 6])
+    firsts, counts = [5, 1, 9, 2, 4], [1, 1, 1, 2, 1]  # block 9 was never written
+    alone = memoryview(bytearray(8 * 4100))
+    _, used = model.replica.read_ranges(firsts[:bad], counts[:bad], alone)
+    target = memoryview(bytearray(b"\xee" * (8 * 4100)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", cold((firsts[bad] + 2) << 12))
+        expected = (bad, used) if bad != 2 else (5, 6 * 4 + 5 * 4096)  # zeros need no disk
+        assert model.replica.read_ranges(firsts, counts, target) == expected
+    if bad != 2:
+        assert target[:used] == alone[:used]
 
 
 def test_a_thread_does_not_believe_a_block_that_does_not_match_its_entry(model: Model) -> None:
     model.write(0, [1])
     target = memoryview(bytearray(4100))
     os.pwrite(model.replica.head.fd, fill(2), 2 * 4096)  # as if a write were half done
-    assert in_thread(lambda: model.replica.read_into(0, 1, target)) == WOULD_BLOCK
+    assert in_thread(lambda: model.replica.read_into(0, 1, target)) == AGAIN
     assert model.replica.read_into(0, 1, target) == 4100  # the consumer compares and sees it
 
 
@@ -111,7 +157,7 @@ def test_a_thread_does_not_believe_a_read_during_which_the_layers_changed(
         return used
 
     monkeypatch.setattr(replica, "_read_range", interrupted)
-    assert in_thread(lambda: replica.read_into(0, 1, target)) == WOULD_BLOCK
+    assert in_thread(lambda: replica.read_into(0, 1, target)) == AGAIN
 
 
 def test_reads_in_a_thread_are_right_while_everything_changes(model: Model) -> None:
@@ -131,7 +177,7 @@ def test_reads_in_a_thread_are_right_while_everything_changes(model: Model) -> N
         target = memoryview(bytearray(8 * 4100))
         while not stop.is_set():
             used = replica.read_into(REGION - 4, 8, target)
-            if used == WOULD_BLOCK:
+            if used == AGAIN:
                 continue
             position = 32
             for number, entry in enumerate(target[:32].cast("I")):
