@@ -3,6 +3,9 @@
 Everything a daemon owns is touched by this thread only, so there are no locks. What may take
 milliseconds goes to `in_thread`; its result comes back as a callback in the loop.
 
+A `Loop` is also what a daemon knows of its machine: time, connections, which boot this is. Tests
+put a virtual one in its place.
+
 Invariants: a handler is called only while its descriptor is registered; callbacks posted from
 threads run in the order they were posted; an idle loop sleeps in epoll without a timeout.
 """
@@ -12,12 +15,16 @@ from __future__ import annotations
 import heapq
 import os
 import select
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
+
+from blockd.daemons import addresses
+from snapshots import metadata
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -101,9 +108,23 @@ class Loop:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def now(self) -> float:
-        """Seconds of the monotonic clock."""
-        return time.monotonic()
+    now = staticmethod(time.monotonic)  # seconds
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; only before `run`, or in a worker thread."""
+        time.sleep(seconds)
+
+    def connect(self, address: str, timeout_seconds: float) -> socket.socket:
+        """A blocking connected socket, or PeerError."""
+        return addresses.connect(address, timeout_seconds)
+
+    def listen(self, address: str) -> tuple[socket.socket, str]:
+        """A non-blocking listening socket and its address."""
+        return addresses.listen(address)
+
+    def boot_id(self) -> str:
+        """Changes with every boot: what was only in memory is gone then."""
+        return metadata.boot_id() or "unknown"
 
     def later(self, delay_seconds: float, call: Callable[[], None]) -> Timer:
         """Call `call` once, after `delay_seconds`."""
@@ -137,14 +158,20 @@ class Loop:
     def run(self) -> None:
         """Serve until `stop` is called."""
         self.running = True
-        handlers = self._handlers
-        poll = self._epoll.poll
+        handlers, timers, poll, monotonic = (
+            self._handlers,
+            self._timers,
+            self._epoll.poll,
+            time.monotonic,
+        )
         while self.running:
-            for fd, events in poll(self._timeout_seconds()):
+            # A cancelled timer wakes us once and is dropped then.
+            timeout = max(0.0, timers[0].due_seconds - monotonic()) if timers else None
+            for fd, events in poll(timeout):
                 handler = handlers.get(fd)
                 if handler is not None:
                     handler(events)
-            if self._timers:
+            if timers and timers[0].due_seconds <= monotonic():
                 self._run_timers()
         self._workers.end()
         self._run_posted()
@@ -153,14 +180,6 @@ class Loop:
         """Leave `run` after the current round."""
         self.running = False
         os.eventfd_write(self._wake, 1)
-
-    def _timeout_seconds(self) -> float | None:
-        timers = self._timers
-        while timers and timers[0].call is None:
-            heapq.heappop(timers)
-        if not timers:
-            return None
-        return max(0.0, timers[0].due_seconds - self.now())
 
     def _run_timers(self) -> None:
         now = self.now()

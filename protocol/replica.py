@@ -22,8 +22,10 @@ the whole payload of READ, EXTENT_LIST and control messages, the map block of LA
 
 READ asks for several ranges of blocks at once, numbered from `sequence` on: what a client sent in
 one batch. Its payload is the first block of each, then the block count of each, as u32. DATA
-answers `argument` ranges from its `sequence` on: the map entries of all, then the data of all. The
-ranges of a READ may be answered by several DATA and REFUSED, in any order.
+answers `argument` ranges from its `sequence` on: the map entries of all, then for each range
+HEADROOM_BYTES of room and its data. In the room the volume daemon puts the header of its own reply,
+so that data goes on without being copied or cut into pieces. The ranges of a READ may be answered
+by several DATA and REFUSED, in any order.
 
 The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
 first in, first out, and the replica applies operations in that order; that order is the total
@@ -38,13 +40,17 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from _operator import _compare_digest
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 from protocol.checksum import blake2b, block_checksum, block_checksums, crc32c
 from protocol.errors import BlockdError, PeerError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
+
+assert sys.byteorder == "little", "u32 arrays go on the wire as they lie in memory"
 
 MAGIC = 0x31646B62  # "bkd1" in little-endian
 VERSION = 1
@@ -69,6 +75,8 @@ ANSWERS = {  # of the requests that are answered one by one
     LAYER_WRITE: ANSWER,
 }
 
+HEADROOM_BYTES = 28  # before the data of each range in DATA: the largest header of an NBD reply
+CELL_BYTES = HEADROOM_BYTES + BLOCK_BYTES  # one block and the room before it
 READS_MAX = 1024  # ranges of one READ: more than any client has under way on one connection
 
 KEEP_ALLOCATED = 1  # flag of ZERO: the range must stay allocated (NBD NO_HOLE)
@@ -147,8 +155,10 @@ def write_header(sequence: int, offset: int, data: memoryview) -> bytes:
 
 def read_frame(sequence: int, firsts: Sequence[int], counts: Sequence[int], layer_id: int) -> bytes:
     """A READ of ranges of blocks; `layer_id` 0 reads the live volume."""
-    payload = struct.pack(f"<{2 * len(firsts)}I", *firsts, *counts)
-    return covered_frame(READ, sequence, payload, argument=layer_id)
+    payload = array("I", [*firsts, *counts]).tobytes()
+    check, size = crc32c(payload), len(payload)
+    header = _pack(MAGIC, VERSION, READ, 0, check, 0, sequence, layer_id, size)
+    return header + _U32.pack(crc32c(header)) + payload
 
 
 def read_ranges(payload: memoryview | None) -> tuple[list[int], list[int]]:

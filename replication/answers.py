@@ -17,40 +17,53 @@ Chunks = list[tuple[int, memoryview | None]]
 """byte count and data (None = zeros), in order"""
 
 
-def data_entries(payload: memoryview | None, count: int) -> tuple[int, ...]:
-    """The map entries of a DATA payload about `count` blocks; WireError if its size is wrong."""
-    if payload is None or len(payload) < 4 * count:
-        raise wire.WireError(f"a map of {count} blocks does not fit {len(payload or b'')} bytes")
-    entries = struct.unpack_from(f"<{count}I", payload)
-    size = 4 * count + BLOCK_BYTES * sum(1 for entry in entries if entry > ZEROS)
+def data_entries(payload: memoryview, counts: Sequence[int]) -> tuple[int, ...]:
+    """The map entries of a DATA payload about ranges; WireError if its size is wrong."""
+    blocks = sum(counts)
+    if len(payload) < 4 * blocks:
+        raise wire.WireError(f"a map of {blocks} blocks does not fit {len(payload)} bytes")
+    entries = struct.unpack_from(f"<{blocks}I", payload)
+    size = 4 * blocks + wire.HEADROOM_BYTES * len(counts) + data_bytes(entries)
     if len(payload) != size:
         raise wire.WireError(f"{len(payload)} bytes answered, the map says {size}")
     return entries
 
 
-def single_blocks(payload: memoryview, counts: Sequence[int]) -> list[memoryview] | None:
-    """The data of reads of one block each; None if not all are that, have data, and match.
+def data_bytes(entries: Sequence[int]) -> int:
+    """How much data comes with these map entries."""
+    return BLOCK_BYTES * sum(1 for entry in entries if entry > ZEROS)
+
+
+def single_blocks(payload: memoryview, counts: Sequence[int]) -> memoryview | None:
+    """Room and data of reads of one block each; None if not all are that, have data, and match.
 
     A CRC of 0 or 1, which an entry cannot be, counts as no match too.
     """
     count = len(counts)
-    if len(payload) != (4 + BLOCK_BYTES) * count or sum(counts) != count:
+    if len(payload) != (4 + wire.CELL_BYTES) * count or sum(counts) != count:
         return None
-    blocks = [
-        payload[at : at + BLOCK_BYTES]
-        for at in range(4 * count, (4 + BLOCK_BYTES) * count, BLOCK_BYTES)
+    cells = payload[4 * count :]
+    checksums = list(map(crc32c, blocks_of(cells)))
+    return cells if checksums == payload[: 4 * count].cast("I").tolist() else None
+
+
+def blocks_of(cells: memoryview) -> list[memoryview]:
+    """The blocks that lie in cells."""
+    return [
+        cells[at : at + BLOCK_BYTES]
+        for at in range(wire.HEADROOM_BYTES, len(cells), wire.CELL_BYTES)
     ]
-    return blocks if list(map(crc32c, blocks)) == payload[: 4 * count].cast("I").tolist() else None
 
 
 def data_chunks(
     entries: tuple[int, ...], payload: memoryview, position: int
 ) -> tuple[Chunks | None, int]:
-    """The chunks of consecutive blocks whose data begins at `position`, and where it ends.
+    """The chunks of one range whose room begins at `position`, and where its data ends.
 
     None in place of the chunks: a block's checksum is wrong.
     """
-    end = position + BLOCK_BYTES * sum(1 for entry in entries if entry > ZEROS)
+    position += wire.HEADROOM_BYTES
+    end = position + data_bytes(entries)
     chunks: Chunks = []
     index, count = 0, len(entries)
     while index < count:

@@ -22,52 +22,34 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, StorageError, from_code
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication import membership, pieces
-from replication.answers import Chunks, data_chunks, data_entries, extent_runs, single_blocks
+from replication.answers import extent_runs
 from replication.authority import IN_SYNC, Record
 from replication.ledger import Ledger
-from replication.link import Link, Reads, Reply
+from replication.link import Link, Reply
 from replication.ranges import RangeLocks
+from replication.reading import Client, Reading
 from replication.turns import Turns
 
-BATCHES_PER_TURN = 64  # a member that stays awake answers sooner than one that is woken each time
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
 _MASK = BLOCK_BYTES - 1
 
 
-class Client(Protocol):
-    """A front-end connection; `cookie` is whatever it gave with the request."""
-
-    def done(self, cookie: Any, error: int) -> None:
-        """A request without data ended (0 or an errno), or a read failed."""
-
-    def data(self, cookie: Any, chunks: Chunks) -> None:
-        """A read ended well. The views are good until the caller's batch ends."""
-
-    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
-        """Several reads of one block each ended well, with data."""
-
-    def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
-        """(block count, has data) runs that begin at the block of the asked offset."""
-
-
-class Engine:
+class Engine(Reading):
     """One open volume."""
 
     def __init__(self, ledger: Ledger, now: Callable[[], float]) -> None:
         self.ledger = ledger
         self.now = now
-        self.sequence = 0
+        super().__init__()
         self.links: dict[str, Link] = {}
         self.targets: list[Link] = []
-        self.readers: list[Link] = []
-        self.reader: Link | None = None  # whose turn it is; None if nobody may be read
         self.locks = RangeLocks()
         self.pending: deque[tuple[int, Client, Any, bool]] = deque()
         self.flushes: list[_Flush] = []
@@ -75,10 +57,8 @@ class Engine:
         self.structure_busy: str | None = None  # a rebuild, which excludes delete and revert
         self.on_lost: Callable[[Link, str], None] = lambda link, reason: None
         self.on_members: Callable[[], None] = lambda: None
-        self.reads_total = self.writes_total = self.zeros_total = self.flushes_total = 0
-        self.read_bytes = self.written_bytes = self.checksum_errors = 0
+        self.writes_total = self.zeros_total = self.flushes_total = self.written_bytes = 0
         self._queues: list[list[Any]] = []
-        self._turn = 0
 
     @property
     def record(self) -> Record:
@@ -157,58 +137,6 @@ class Engine:
         for queue in self._queues:
             queue.append(message)
         self.pending.append((sequence, client, cookie, fua))
-
-    def read(
-        self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
-    ) -> None:
-        """Read any byte range of the live volume or of a snapshot."""
-        self.reads_total += 1
-        self.read_bytes += length
-        pieces.read(self, client, cookie, offset, length, layer_id)
-
-    def read_blocks(
-        self,
-        client: Client,
-        cookies: Sequence[Any],
-        firsts: Sequence[int],
-        counts: Sequence[int],
-        layer_id: int,
-    ) -> None:
-        """Read several ranges of whole blocks, each at most PIECE_BYTES_MAX, as one message."""
-        self.reads_total += len(cookies)
-        self.read_bytes += sum(counts) * BLOCK_BYTES
-        self.send_reads(Reads(client, cookies, firsts, counts, layer_id))
-
-    def send_reads(self, reads: Reads) -> None:
-        """Queue reads on a member that has not answered them badly; EIO if there is none."""
-        link = self.reader
-        if link is None or link in reads.tried:
-            link = next((reader for reader in self.readers if reader not in reads.tried), None)
-        if link is None:
-            for cookie in reads.cookies:
-                reads.client.done(cookie, errno.EIO)
-            return
-        if link.read_now is not None:
-            link.read_now(reads)
-            return
-        count = len(reads.cookies)
-        for start in range(0, count, wire.READS_MAX):
-            part = reads if count <= wire.READS_MAX else reads.part(start, start + wire.READS_MAX)
-            first = self.remember(link, part)
-            link.queue.append(wire.read_frame(first, part.firsts, part.counts, part.layer_id))
-
-    def remember(self, link: Link, reads: Reads) -> int:
-        """Number reads that `link` will answer later; the first number."""
-        first = self.sequence + 1
-        self.sequence += len(reads.cookies)
-        link.reads[first] = reads
-        return first
-
-    def next_turn(self) -> None:
-        """A batch of reads goes to one member, and after BATCHES_PER_TURN of them to the next."""
-        self._turn += 1
-        if self._turn % BATCHES_PER_TURN == 0 and self.readers:
-            self.reader = self.readers[self._turn // BATCHES_PER_TURN % len(self.readers)]
 
     def extents(
         self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
@@ -318,7 +246,7 @@ class Engine:
         link.progress_at = self.now()
         for operation, _, _, _, sequence, argument, payload in frames:
             if operation == wire.DATA:
-                self._answered(link, sequence, argument, payload)
+                self.answered(link, sequence, argument, payload)
             elif operation == wire.APPLIED:
                 if not link.applied <= sequence <= self.sequence:
                     raise wire.WireError(f"applied sequence {sequence} is out of order")
@@ -364,44 +292,10 @@ class Engine:
                 raise nonsense from error
             reply(0, None, nonsense)
 
-    def _answered(self, link: Link, first: int, count: int, payload: memoryview | None) -> None:
-        """The data of `count` reads, numbered from `first` on."""
-        reads = link.take_answered(first, count)
-        try:
-            self.deliver(link, reads, payload or memoryview(b""))
-        except wire.WireError:
-            link.reads[first] = reads  # asked again when the link fails by this
-            raise
-
-    def deliver(self, link: Link, reads: Reads, payload: memoryview) -> None:
-        """Hand the data of reads to who asked for them; WireError, before that, if it cannot be."""
-        link.reads_total += len(reads.cookies)
-        data = single_blocks(payload, reads.counts)
-        if data is not None:
-            reads.client.blocks(reads.cookies, data)
-            return
-        blocks = sum(reads.counts)
-        entries = data_entries(payload, blocks)
-        position, block = 4 * blocks, 0
-        for number, length in enumerate(reads.counts):
-            chunks, position = data_chunks(entries[block : block + length], payload, position)
-            block += length
-            if chunks is None:
-                self.checksum_errors += 1
-                self._read_elsewhere(link, reads.part(number, number + 1))
-            else:
-                reads.client.data(reads.cookies[number], chunks)
-
-    def _read_elsewhere(self, link: Link, reads: Reads) -> None:
-        """Wrong or no data from one member: ask each other one once, then give up with EIO."""
-        link.errors += 1
-        reads.tried = (*reads.tried, link)
-        self.send_reads(reads)
-
     def _refused(self, link: Link, sequence: int, code: int, payload: memoryview | None) -> None:
         content = wire.json_content(payload)
         if link.has_asked(sequence):
-            self._read_elsewhere(link, link.take_answered(sequence, 1))
+            self.read_elsewhere(link, link.take_answered(sequence, 1))
             return
         call = link.calls.pop(sequence, None)
         if call is not None:
@@ -477,12 +371,6 @@ class Engine:
         self.advance()
         self.on_members()
 
-    def set_readers(self, readers: list[Link]) -> None:
-        """Who may be read from now on."""
-        self.readers = readers
-        if self.reader not in readers:
-            self.reader = readers[0] if readers else None
-
     def fail_all(self, code: int) -> None:
         """The last copy is gone: answer everything outstanding with `code`."""
         self.targets, self._queues = [], []
@@ -498,7 +386,7 @@ class Engine:
 class _Flush:
     """One FLUSH and the targets that have not done it yet."""
 
-    __slots__ = ("done", "waiting")
+    __cells__ = ("done", "waiting")
 
     def __init__(self, waiting: set[Link], done: Callable[[BlockdError | None], None]) -> None:
         self.waiting = waiting

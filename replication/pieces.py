@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
-from replication.answers import Chunks, clip
+from replication.answers import Chunks, blocks_of, clip
 from replication.link import Reads
 
 if TYPE_CHECKING:
-    from replication.engine import Client, Engine
+    from replication.engine import Engine
+    from replication.reading import Client, Reading
 
 PIECE_BLOCKS_MAX = PIECE_BYTES_MAX // BLOCK_BYTES
 ZERO_STEP_BYTES = 64 << 20  # one ZERO keeps a replica's loop busy for a few milliseconds
@@ -46,7 +47,7 @@ class Gather:
     def data(self, cookie: Any, chunks: Chunks) -> None:
         raise AssertionError("writes return no data")
 
-    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
+    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
         raise AssertionError("writes return no data")
 
     def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
@@ -81,8 +82,8 @@ class _Reader:
     def data(self, cookie: Any, chunks: Chunks) -> None:
         raise NotImplementedError
 
-    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
-        for cookie, block in zip(cookies, blocks, strict=True):
+    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
+        for cookie, block in zip(cookies, blocks_of(cells), strict=True):
             self.data(cookie, [(BLOCK_BYTES, block)])
 
     def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
@@ -139,7 +140,7 @@ class _LongRead(_Reader):
 
 
 def read(
-    engine: Engine, client: Client, cookie: Any, offset: int, length: int, layer_id: int
+    engine: Reading, client: Client, cookie: Any, offset: int, length: int, layer_id: int
 ) -> None:
     """Read any range: the whole blocks around it, in pieces, answered when all are there."""
     first, stop = offset // BLOCK_BYTES, -(-(offset + length) // BLOCK_BYTES)

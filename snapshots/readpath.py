@@ -66,8 +66,9 @@ class ReadPath(Store):
         counts: Sequence[int],
         target: memoryview,
         layer_id: int = 0,
+        headroom_bytes: int = 0,
     ) -> tuple[int, int]:
-        """Read several ranges of blocks: the entries of all, then the data of all.
+        """Read several ranges of blocks: the entries of all, then some room and the data of each.
 
         Stops before the first range that is not in memory or cannot be read (`read_into` says
         why). Returns how many were read, and the bytes used. The hot path of reading; event loop.
@@ -85,35 +86,64 @@ class ReadPath(Store):
                 slot = index[first]
                 if slot == 0:
                     entries[blocks] = ZEROS
+                    at += headroom_bytes
                     blocks += 1
                     done += 1
                     continue
                 handle = handles[slot]
                 if handle is not None and handle.ready[region]:
-                    data = target[at : at + 4096]
+                    begin = at + headroom_bytes
+                    data = target[begin : begin + 4096]
                     try:
                         got = preadv(handle.fd, (data,), (first + region + 2) << 12, flags)
                     except OSError:  # most often: it would block
                         break
                     if got == 4096:
                         entries[blocks] = handle.map[first + (region << 20) + 1024]
-                        at += 4096
+                        at = begin + 4096
                         blocks += 1
                         done += 1
                         continue
             part = entries[blocks : blocks + count]
+            begin = at + headroom_bytes
             try:
-                got = self._read_range(first, part, target[at:], layer_id, flags)
+                got = self._read_range(first, part, target[begin:], layer_id, flags)
             except BlockdError:
                 break
             if got == WOULD_BLOCK:
                 break
-            at += got
+            at = begin + got
             blocks += count
             done += 1
         if done < len(counts):
             target[4 * blocks : 4 * blocks + at - start] = target[start:at]
         return done, 4 * blocks + at - start
+
+    def read_blocks(self, firsts: Sequence[int], vectors: Sequence[tuple[memoryview]]) -> list[int]:
+        """Read single blocks of the live volume, each into the first view of its vector.
+
+        Stops before the first that is not in memory, cannot be read or has no data; the entries
+        of those before. What `read_ranges` does, for its most frequent case.
+        """
+        entries: list[int] = []
+        if not self.complete:
+            return entries
+        index, index_ready, handles = self._index, self._index_ready, self.handles
+        flags, preadv, append = self.nowait_flag, os.preadv, entries.append
+        for first, vector in zip(firsts, vectors, strict=False):
+            region = first >> 10
+            if not index_ready[region >> 2]:
+                break
+            handle = handles[index[first]]  # slot 0, no data, has none
+            if handle is None or not handle.ready[region]:
+                break
+            try:
+                if preadv(handle.fd, vector, (first + region + 2) << 12, flags) != BLOCK_BYTES:
+                    break
+            except OSError:  # most often: it would block
+                break
+            append(handle.map[first + (region << 20) + 1024])
+        return entries
 
     def _check_readable(self) -> None:
         if not self.complete:

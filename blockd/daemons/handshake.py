@@ -11,7 +11,7 @@ import os
 import socket
 from typing import Any
 
-from blockd.daemons import addresses
+from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, from_code
 
@@ -33,9 +33,9 @@ TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 class Session:
     """A connected, proven session; `hello` is what the replica said of itself."""
 
-    def __init__(self, address: str, volume_uuid: str, key: bytes) -> None:
+    def __init__(self, loop: Loop, address: str, volume_uuid: str, key: bytes) -> None:
         self.address = address
-        self.socket = addresses.connect(address, TIMEOUT_SECONDS)
+        self.socket = loop.connect(address, TIMEOUT_SECONDS)
         try:
             self.hello = self._greet(volume_uuid, key)
         except BlockdError:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from replication.link import Link, Reads
 
 ARENA_BYTES = 2 << 20  # data of one batch of reads; one read of the largest size always fits
+CELLS = 128  # single blocks that are read without making a view of memory for each
 _MAP_BYTES = 4 * BLOCKS_PER_REGION
 
 
@@ -74,6 +75,12 @@ class LocalMember:
         self._replica = session.service.replica
         self._arena = lazy_buffer(ARENA_BYTES)
         self._used = 0
+        self._cells = lazy_buffer(CELLS * wire.CELL_BYTES)
+        self._cells_used = 0
+        self._vectors = [
+            (self._cells[end - BLOCK_BYTES : end],)
+            for end in range(wire.CELL_BYTES, len(self._cells) + 1, wire.CELL_BYTES)
+        ]
         self._open = True
 
     def flush(self) -> bool:
@@ -130,52 +137,68 @@ class LocalMember:
         """Answer reads at once, those that are not in memory from a thread."""
         if self.link.queue:
             self.flush()  # what was queued before must be seen
-        total = len(reads.counts)
-        self._service.reads += total
-        at = 0
-        while at < total:
-            part, blocks = next_part(reads.counts, at, total)
-            asked = reads if part == total else reads.part(at, at + part)
-            done = self._read(asked, blocks)
-            at += done
-            if done < part:
-                self._read_cold(reads.part(at, at + 1))
-                at += 1
+        left: Reads | None = reads
+        while left is not None:
+            left = self._read(left)
 
-    def _read(self, reads: Reads, blocks: int) -> int:
-        """Answer as many reads as are in memory one after the other; how many."""
-        start = self._used if self._daemon.answers_waiting() else 0
-        if start + blocks * (BLOCK_BYTES + 4) > ARENA_BYTES:
-            self._arena = lazy_buffer(ARENA_BYTES)  # the old one is still being sent
+    def _read(self, reads: Reads) -> Reads | None:
+        """Answer some reads, at least one; the others."""
+        total = len(reads.counts)
+        waiting = self._daemon.answers_waiting()
+        done = self._read_blocks(reads, self._cells_used if waiting else 0)
+        if done:
+            self._service.reads += done
+            return None if done == total else reads.part(done, total)
+        part, blocks = next_part(reads.counts, 0, wire.READS_MAX)
+        asked = reads if part == total else reads.part(0, part)
+        room = blocks * (4 + BLOCK_BYTES) + part * wire.HEADROOM_BYTES
+        start = self._used if waiting else 0
+        if start + room > len(self._arena):
+            self._arena = lazy_buffer(max(room, ARENA_BYTES))  # the old one is still being sent
             start = 0
         target = self._arena[start:]
-        done, used = self._replica.read_ranges(reads.firsts, reads.counts, target, reads.layer_id)
+        done, used = self._replica.read_ranges(
+            asked.firsts, asked.counts, target, asked.layer_id, wire.HEADROOM_BYTES
+        )
         self._used = start + used
+        self._service.reads += part
         if done:
-            answered = reads if done == len(reads.counts) else reads.part(0, done)
-            self._daemon.engine.deliver(self.link, answered, target[:used])
-        return done
+            self._daemon.engine.deliver(self.link, reads.part(0, done), target[:used])
+        if done < part:
+            self._read_cold(reads.part(done, done + 1))
+            done += 1
+        return reads.part(done, total) if done < total else None
+
+    def _read_blocks(self, reads: Reads, cell: int) -> int:
+        """Answer reads of single blocks, the most frequent case; how many from the first on."""
+        counts = reads.counts
+        total = len(counts)
+        if reads.layer_id or sum(counts) != total or cell + total > CELLS:
+            return 0
+        vectors = self._vectors[cell : cell + total]
+        entries = self._replica.read_blocks(reads.firsts, vectors)
+        done = len(entries)
+        if not done:
+            return 0
+        if done < total:
+            reads = reads.part(0, done)
+        self._cells_used = cell + done
+        cells = self._cells[cell * wire.CELL_BYTES : self._cells_used * wire.CELL_BYTES]
+        blocks = [vector[0] for vector in vectors[:done]]
+        engine = self._daemon.engine
+        return done if engine.deliver_blocks(self.link, reads, entries, blocks, cells) else 0
 
     def _read_cold(self, reads: Reads) -> None:
-        """Some of it is not in memory: read in a thread; if a write got in between, read here."""
-        first, count, layer_id = reads.firsts[0], reads.counts[0], reads.layer_id
+        """Some of it is not in memory: read in a thread."""
         sequence = self._daemon.engine.remember(self.link, reads)
-        target = memoryview(bytearray(count * (BLOCK_BYTES + 4)))
 
-        def done(used: int, failure: BaseException | None) -> None:
-            if not self._open:
-                return
-            try:
-                if failure is not None or used < 0:
-                    used = self._replica.read_into(first, count, target, layer_id)
-            except BlockdError as error:
-                self._later(_refused(sequence, error))
+        def done(payload: memoryview | None, error: BlockdError | None) -> None:
+            if payload is None:
+                self._later(_refused(sequence, error or StorageError("the read failed")))
             else:
-                self._later((wire.DATA, 0, 0, 0, sequence, 1, target[:used]))
+                self._later((wire.DATA, 0, 0, 0, sequence, 1, payload))
 
-        self._service.loop.in_thread(
-            lambda: self._replica.read_into(first, count, target, layer_id), done
-        )
+        self._service.read_cold(reads.firsts[0], reads.counts[0], reads.layer_id, done)
 
     def _later(self, answer: wire.Frame) -> None:
         """Deliver an answer that comes after its batch."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from blockd.daemons import addresses, process
 from blockd.daemons.stream import Stream
 from blockd.loop import READ, Timer
+from protocol import replica as wire
 from protocol.errors import PeerError
 from protocol.nbd import constants as nbd
 from protocol.nbd import replies, requests
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 READING_BYTES_MAX = 64 << 20  # two reads of the largest size; later requests of a client wait
 _MASK = BLOCK_BYTES - 1
+assert wire.HEADROOM_BYTES == replies.DATA_HEADER_BYTES
 _ZERO = memoryview(bytes(1 << 20))  # what holes look like to clients without structured replies
 
 
@@ -42,7 +44,7 @@ class NbdServer:
 
     def __init__(self, daemon: VolumeDaemon, address: str) -> None:
         self._daemon = daemon
-        self.socket, self.address = addresses.listen(address)
+        self.socket, self.address = daemon.loop.listen(address)
         daemon.loop.register(self.socket.fileno(), READ, self._accept)
 
     def _accept(self, events: int) -> None:
@@ -79,10 +81,9 @@ class NbdConnection(Stream):
         self._handshake = Handshake(daemon)
         self._transmission = False
         self._structured = False
-        self._leaving = False
         self._under_way = 0
         self.reading_bytes = 0  # asked for and not answered
-        self._backlog: list[requests.Request] = []
+        self.backlog: list[requests.Request] = []
         self.export: Export | None = None
         self.layer_id = 0
         self._size_bytes = 0
@@ -104,11 +105,9 @@ class NbdConnection(Stream):
             self._daemon.send_everything()
             self.close(str(error))
 
-    def flush(self) -> bool:
-        sent = super().flush()
-        if sent and self._leaving and not self._under_way:
+    def ended(self) -> None:
+        if not self._under_way:
             self.close("the client said goodbye")
-        return sent
 
     def lost(self, reason: str) -> None:
         self.close(reason)
@@ -153,24 +152,33 @@ class NbdConnection(Stream):
     # ---- requests -------------------------------------------------------------------------
 
     def _requests(self) -> None:
-        inbox = self.inbox
+        inbox, daemon = self.inbox, self._daemon
         batch: list[requests.Request] = []
+        reads: list[requests.Request] = []
+        plain_end = 0 if daemon.stopping else self._size_bytes  # then every request is looked at
+        start = inbox.start
         try:
-            start = self._parser.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, batch)
+            start = self._parser.parse(
+                inbox.buffer, inbox.buffer, start, inbox.end, batch, reads, plain_end
+            )
         finally:
-            self._run(batch)
-        sent = self._daemon.send_to_members()
-        inbox.take(start, pinned=not sent or bool(self._backlog))
+            self._engine.next_turn()
+            if batch:
+                self._run(batch)
+            if reads:
+                self._read(reads)
+        sent = daemon.send_to_members()
+        inbox.take(start, pinned=not sent or bool(self.backlog))
         if inbox.end > inbox.start:
             inbox.reserve(self._parser.needed(inbox.buffer, inbox.start, inbox.end))
-        self._daemon.send_to_clients()
-        if self._daemon.congested:
+        daemon.send_to_clients()
+        if daemon.congested:
             self.hold()
-            self._daemon.waiting.append(self)
+            daemon.waiting.append(self)
 
     def resume(self) -> None:
         """The members took what was waiting for them: read on."""
-        if not self._backlog:
+        if not self.backlog:
             self.release()
 
     def drained(self) -> None:
@@ -180,59 +188,54 @@ class NbdConnection(Stream):
         """Run what waited for earlier reads to be answered and taken."""
         if self.blocked or self.reading_bytes > READING_BYTES_MAX // 2 or self.socket is None:
             return
-        batch, self._backlog = self._backlog, []
+        batch, self.backlog = self.backlog, []
         if batch:
             self._run(batch)
             self._daemon.send_everything()
-        if not self._backlog and not self._daemon.congested:
+        if not self.backlog and not self._daemon.congested:
             self.release()
 
-    @property
-    def waits_for_answers(self) -> bool:
-        """Is there a backlog that could go on now?"""
-        return bool(self._backlog) and self.reading_bytes <= READING_BYTES_MAX // 2
+    def _read(self, reads: list[requests.Request]) -> None:
+        """Hand plain reads to the engine, together; each request is also its cookie there."""
+        counts = [request[4] >> 12 for request in reads]
+        length = sum(counts) << 12
+        if self.backlog or self.reading_bytes + length > READING_BYTES_MAX:
+            self._wait(reads)  # one by one, as answers are taken
+            return
+        self._under_way += len(reads)
+        self.reading_bytes += length
+        firsts = [request[3] >> 12 for request in reads]
+        self._engine.read_blocks(self, reads, firsts, counts, self.layer_id)
+
+    def _wait(self, batch: list[requests.Request]) -> None:
+        """Keep requests until earlier reads are answered and taken."""
+        self.backlog += batch
+        self.hold()
+        self.loop.post(self.go_on)
 
     def _run(self, batch: list[requests.Request]) -> None:
-        """Hand requests to the engine; each is also its cookie there. Reads go together."""
-        engine, size, layer_id = self._engine, self._size_bytes, self.layer_id
-        special = self._daemon.stopping  # then every request is looked at
-        room = READING_BYTES_MAX - self.reading_bytes
-        reads: list[requests.Request] = []
-        engine.next_turn()
+        """Hand requests to the engine."""
+        size, writable = self._size_bytes, not self.layer_id and not self._daemon.stopping
         left = iter(batch)
         for request in left:
+            if self.ending:
+                return  # what follows a DISC means nothing
             command, flags, _, offset, length, payload = request
+            self._under_way += 1
             if (
-                flags
-                or command > nbd.CMD_WRITE
-                or not 0 < length <= PIECE_BYTES_MAX
-                or offset + length > size
-                or (offset | length) & _MASK
-                or special
-                or (command and layer_id)
+                command == nbd.CMD_WRITE
+                and flags == 0
+                and writable
+                and 0 < length <= PIECE_BYTES_MAX
+                and offset + length <= size
             ):
-                self._under_way += 1
-                self._run_other(request)
-                if self._leaving:
-                    break  # what follows a DISC means nothing
-            elif command:
-                self._under_way += 1
-                engine.write(self, request, offset, payload, False)  # type: ignore[arg-type]
-            else:
-                reads.append(request)
-            if command == nbd.CMD_READ:
-                room -= length
-                if room < 0:
-                    self._backlog = list(left)
-                    self.hold()
-                    break
-        if reads:
-            counts = [request[4] >> 12 for request in reads]
-            self._under_way += len(reads)
-            self.reading_bytes += sum(counts) << 12
-            engine.read_blocks(
-                self, reads, [request[3] >> 12 for request in reads], counts, layer_id
-            )
+                assert payload is not None
+                self._engine.write(self, request, offset, payload, False)
+                continue
+            self._run_other(request)
+            if self.reading_bytes > READING_BYTES_MAX:
+                self._wait(list(left))
+                return
 
     def _run_other(self, request: requests.Request) -> None:
         command, flags, cookie, offset, length, payload = request
@@ -246,7 +249,7 @@ class NbdConnection(Stream):
             self._refuse(cookie, code, requests.describe(command, flags, offset, length, export))
         elif command == nbd.CMD_DISC:
             self._under_way -= 1
-            self._leaving = True
+            self.ending = True
         elif command == nbd.CMD_FLUSH:
             self._engine.flush(self, request)
         elif not length or command == nbd.CMD_CACHE:
@@ -288,10 +291,10 @@ class NbdConnection(Stream):
         else:
             self._queue.append(replies.simple_reply(request[2]))
 
-    def blocks(self, cookies: Sequence[requests.Request], blocks: Sequence[memoryview]) -> None:
+    def blocks(self, cookies: Sequence[requests.Request], cells: memoryview) -> None:
         self._under_way -= len(cookies)
         self.reading_bytes -= len(cookies) * BLOCK_BYTES
-        self._queue += replies.block_replies(cookies, blocks, self._structured)
+        self._queue += replies.block_replies(cookies, cells, self._structured)
 
     def data(self, cookie: requests.Request, chunks: Chunks) -> None:
         self._under_way -= 1

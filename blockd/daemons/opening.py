@@ -16,7 +16,6 @@ same last sequence. Otherwise one of them is the truth and the others are OUT un
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -91,12 +90,13 @@ def _introduce(
     """Sessions with all replicas that answer; waits a while for those that do not."""
     sessions: dict[str, AnySession] = {}
     left = dict.fromkeys(wanted.addresses)
-    deadline = time.monotonic() + WAIT_SECONDS
+    loop = wanted.loop
+    deadline = loop.now() + WAIT_SECONDS
     error: BlockdError | None = None
     while left:
         for address in list(left):
             try:
-                session = introduce(wanted.loop, address, volume_uuid, wanted.key)
+                session = introduce(loop, address, volume_uuid, wanted.key)
             except (PeerError, StorageError) as failure:
                 error = failure
                 continue
@@ -108,9 +108,9 @@ def _introduce(
         enough = found is not None and all(
             uuid in sessions for uuid, member in found.members.items() if member.state == IN_SYNC
         )
-        if not left or enough or time.monotonic() > deadline:
+        if not left or enough or loop.now() > deadline:
             break
-        time.sleep(RETRY_SECONDS)
+        loop.sleep(RETRY_SECONDS)
     for address in left:
         log(f"replica at {address} does not answer: {error}")
     if left and found is None:
@@ -124,7 +124,7 @@ def introduce(loop: Loop, address: str, volume_uuid: str, key: bytes) -> AnySess
     """A session with the replica at `address`: a daemon, or `dir:PATH` in this process."""
     if address.startswith("dir:"):
         return LocalSession(loop, address[4:], volume_uuid)
-    return Session(address, volume_uuid, key)
+    return Session(loop, address, volume_uuid, key)
 
 
 def _create(

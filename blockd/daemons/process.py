@@ -43,15 +43,6 @@ def read_key(path: str | None) -> bytes:
     return key
 
 
-def boot_id() -> str:
-    """Changes with every boot: what was only in memory is gone then."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown"
-
-
 def rss_bytes() -> int:
     """Resident memory of this process."""
     with open("/proc/self/statm") as file:

@@ -36,7 +36,7 @@ class ReplicaDaemon:
         self._started = process.timestamp()
         self._sessions: set[ReplicaSession] = set()
         self._control: ControlServer | None = None
-        self._socket, self.address = addresses.listen(listen)
+        self._socket, self.address = loop.listen(listen)
         loop.register(self._socket.fileno(), READ, self._accept)
 
     def _accept(self, events: int) -> None:

@@ -66,7 +66,7 @@ class ReplicaService:
         self.position = (0, 0)  # epoch and sequence of the last write or zero applied
         self.clean_start = not replica.recovered_zones
         self._incarnation = os.urandom(8).hex()
-        self._boot_id = process.boot_id()
+        self._boot_id = loop.boot_id()
         self._refused = ""  # set when a write was not applied: our place in the order means nothing
         self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
         self._flushing: _Flush | None = None
@@ -125,6 +125,37 @@ class ReplicaService:
                 f"{metadata.volume_name or metadata.volume_uuid} ({metadata.volume_uuid}), not "
                 f"to {asked}; use the right state file or another directory"
             )
+
+    def read_cold(
+        self,
+        first: int,
+        count: int,
+        layer_id: int,
+        done: Callable[[memoryview | None, BlockdError | None], None],
+    ) -> None:
+        """Read a range that is not in memory, in a thread; if a write got in between, here.
+
+        `done` gets the payload of a DATA answer about it, or the error.
+        """
+        replica = self.replica
+        map_bytes = 4 * count
+        buffer = memoryview(bytearray(map_bytes + wire.HEADROOM_BYTES + count * BLOCK_BYTES))
+        target = memoryview(bytearray(count * (4 + BLOCK_BYTES)))
+
+        def read_again(used: int, failure: BaseException | None) -> None:
+            try:
+                if failure is not None or used < 0:
+                    used = replica.read_into(first, count, target, layer_id)
+            except BlockdError as error:
+                done(None, error)
+                return
+            data_bytes = used - map_bytes
+            start = map_bytes + wire.HEADROOM_BYTES
+            buffer[:map_bytes] = target[:map_bytes]
+            buffer[start : start + data_bytes] = target[map_bytes:used]
+            done(buffer[: start + data_bytes], None)
+
+        self.loop.in_thread(lambda: replica.read_into(first, count, target, layer_id), read_again)
 
     def refused(self) -> None:
         """A write was refused: this replica is not comparable until it was filled anew."""

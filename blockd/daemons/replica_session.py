@@ -90,7 +90,10 @@ class ReplicaSession(Stream):
 
     def flush(self) -> bool:
         """Send what is answered; while the peer takes nothing more, its requests wait."""
-        self._queue_arena()
+        used = self._arena_used
+        if used > self._arena_queued:
+            self.outbox.queue.append(self._arena[self._arena_queued : used])
+            self._arena_queued = used
         sent = super().flush()
         if sent:
             self._arena_used = self._arena_queued = 0
@@ -198,30 +201,31 @@ class ReplicaSession(Stream):
     # ---- data -----------------------------------------------------------------------------
 
     def _batch(self, frames: list[wire.Frame]) -> None:
-        for start in range(0, len(frames), ANSWERS_PER_SEND):
-            if start:
-                self.flush()
-                if self.socket is None:
-                    return
-            self._part(frames[start : start + ANSWERS_PER_SEND])
-
-    def _part(self, frames: list[wire.Frame]) -> None:
-        applied = 0
+        """Carry out requests in their order; long batches are answered in parts."""
+        applied = changes = 0
         for frame in frames:
             operation, flags, length, offset, sequence, argument, payload = frame
             if operation == wire.WRITE:
                 self._write(length, offset, sequence, payload)
                 applied = sequence
+                changes += 1
             elif operation == wire.READ:
                 self._read(*wire.read_ranges(payload), sequence, argument)
             elif operation == wire.ZERO:
                 self._zero(flags, length, offset, sequence)
                 applied = sequence
+                changes += 1
             else:
                 if applied:
                     self._applied(applied)
-                    applied = 0
+                    applied = changes = 0
                 self._other(frame)
+            if changes == ANSWERS_PER_SEND:
+                self._applied(applied)
+                self.flush()
+                applied = changes = 0
+            if self.socket is None:
+                return
         if applied:
             self._applied(applied)
 
@@ -288,44 +292,41 @@ class ReplicaSession(Stream):
             if at:
                 self.flush()
             part, blocks = next_part(counts, at, ANSWERS_PER_SEND)
-            base = self._room(wire.HEADER_BYTES + blocks * (BLOCK_BYTES + 4))
+            base = self._room(wire.HEADER_BYTES + blocks * (4 + wire.CELL_BYTES))
             start = base + wire.HEADER_BYTES
-            done, used = self._replica.read_ranges(
-                firsts[at : at + part], counts[at : at + part], self._arena[start:], layer_id
+            done, size = self._replica.read_ranges(
+                firsts[at : at + part],
+                counts[at : at + part],
+                self._arena[start:],
+                layer_id,
+                wire.HEADROOM_BYTES,
             )
             if done:
                 number = sequence + at
                 wire.pack_into(
-                    self._arena, base, wire.DATA, number, argument=done, payload_bytes=used
+                    self._arena, base, wire.DATA, number, argument=done, payload_bytes=size
                 )
-                self._arena_used = start + used
+                self._arena_used = start + size
             at += done
             if done < part:
                 self._read_cold(firsts[at], counts[at], sequence + at, layer_id)
                 at += 1
 
     def _read_cold(self, first: int, count: int, sequence: int, layer_id: int) -> None:
-        """Some of it is not in memory: read in a thread; if a write got in between, read here."""
-        buffer = bytearray(wire.HEADER_BYTES + count * (BLOCK_BYTES + 4))
-        target = memoryview(buffer)[wire.HEADER_BYTES :]
+        """Some of it is not in memory: read in a thread."""
 
-        def read() -> int:
-            return self._replica.read_into(first, count, target, layer_id)
-
-        def done(used: int, failure: BaseException | None) -> None:
+        def done(payload: memoryview | None, error: BlockdError | None) -> None:
             if self.socket is None:
                 return
-            try:
-                if failure is not None or used < 0:
-                    used = self._replica.read_into(first, count, target, layer_id)
-            except BlockdError as error:
-                self._refuse(sequence, error)
+            if payload is None:
+                self._refuse(sequence, error or StorageError("the read failed"))
             else:
-                wire.pack_into(buffer, 0, wire.DATA, sequence, argument=1, payload_bytes=used)
-                self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
+                size = len(payload)
+                self._send(wire.frame(wire.DATA, sequence, argument=1, payload_bytes=size))
+                self._send(payload)
             self.flush()
 
-        self._daemon.loop.in_thread(read, done)
+        self._service.read_cold(first, count, layer_id, done)
 
     # ---- everything else ------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ class Stream:
         self.outbox = outbox
         self.socket: socket.socket | None = sock
         self.blocked = False
+        self.ending = False
         self._wanted = READ
         loop.register(sock.fileno(), READ, self._ready)
 
@@ -54,15 +55,19 @@ class Stream:
         sock = self.socket
         if sock is None or not events & (READ | HANGUP):
             return
+        inbox = self.inbox
         try:
-            count = self.inbox.receive(sock.recv_into)
+            count = sock.recv_into(inbox.buffer[inbox.end :])
+        except (BlockingIOError, InterruptedError):
+            return
         except OSError as error:
             self.lost(f"connection lost: {error.strerror}")
             return
-        if count == 0:
-            self.lost("the peer closed the connection")
-        elif count > 0:
+        if count:
+            inbox.end += count
             self.received()
+        else:
+            self.lost("the peer closed the connection")
 
     def flush(self) -> bool:
         """Send what the kernel takes; True if nothing is left (or nobody is there to get it)."""
@@ -80,7 +85,12 @@ class Stream:
             self.loop.modify(sock.fileno(), self._wanted if sent else waiting)
             if sent:
                 self.loop.post(self.drained)  # whoever it was that sent the last of it
+        if sent and self.ending:
+            self.ended()
         return sent
+
+    def ended(self) -> None:
+        """Everything was sent, and `ending` is set: the subclass may close."""
 
     def hold(self) -> None:
         """Do not read from the peer until `release`."""

@@ -130,7 +130,7 @@ class VolumeDaemon:
     def send_to_members(self) -> bool:
         """Send all outboxes of members; True if nothing is left in them."""
         sent = True
-        for member in list(self._sockets.values()):  # one that fails to send leaves
+        for member in tuple(self._sockets.values()):  # one that fails to send leaves
             if member.link.queue and not member.flush():
                 sent = False
         if not sent:
@@ -145,10 +145,10 @@ class VolumeDaemon:
     def send_to_clients(self) -> bool:
         """Send all outboxes of clients; True if nothing is left in them."""
         sent = True
-        for connection in list(self.connections):
+        for connection in tuple(self.connections):
             if connection.outbox.queue and not connection.flush():
                 sent = False
-            if connection.waits_for_answers:
+            if connection.backlog:
                 self.loop.post(connection.go_on)
         return sent
 
@@ -159,7 +159,10 @@ class VolumeDaemon:
 
     def answers_waiting(self) -> bool:
         """Does any client still have unsent answers?"""
-        return any(connection.outbox.queue for connection in self.connections)
+        for connection in self.connections:  # noqa: SIM110 - a generator costs more than the loop
+            if connection.outbox.queue:
+                return True
+        return False
 
     def member_drained(self) -> None:
         """A member took what was waiting for it."""
@@ -233,7 +236,7 @@ class VolumeDaemon:
         address, key = link.address, self.options.key
 
         def work() -> Session:
-            session = Session(address, record.volume_uuid, key)
+            session = Session(self.loop, address, record.volume_uuid, key)
             found = session.hello["replica_uuid"]
             if found != replica_uuid:
                 session.socket.close()

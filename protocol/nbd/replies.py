@@ -23,9 +23,14 @@ from collections.abc import Iterable, Sequence
 from protocol.nbd import constants as c
 from protocol.nbd.requests import Request
 
-_pack_simple = struct.Struct(">IIQ").pack
+_SIMPLE = struct.Struct(">IIQ")
+_DATA = struct.Struct(">IHHQIQ")
+SIMPLE_HEADER_BYTES = _SIMPLE.size
+DATA_HEADER_BYTES = _DATA.size
+
+_pack_simple, _pack_simple_into = _SIMPLE.pack, _SIMPLE.pack_into
 _pack_chunk = struct.Struct(">IHHQI").pack
-_pack_data = struct.Struct(">IHHQIQ").pack
+_pack_data, _pack_data_into = _DATA.pack, _DATA.pack_into
 _pack_hole = struct.Struct(">IHHQIQI").pack
 _pack_error = struct.Struct(">IH").pack
 _pack_u64 = struct.Struct(">Q").pack
@@ -73,17 +78,26 @@ def hole_chunk(cookie: int, offset: int, length: int, done: bool = True) -> byte
 
 
 def block_replies(
-    requests: Sequence[Request], blocks: Sequence[memoryview], structured: bool
-) -> list[bytes | memoryview]:
-    """The replies to several READs, each with all its data in one block; the hot path."""
-    replies: list[bytes | memoryview] = []
-    append = replies.append
-    for (_, _, cookie, offset, length, _), block in zip(requests, blocks, strict=True):
-        if structured:
-            append(_pack_data(0x668E33EF, 1, 1, cookie, length + 8, offset))  # as data_chunk
-        else:
-            append(_pack_simple(0x67446698, 0, cookie))  # as simple_reply
-        append(block)
+    requests: Sequence[Request], cells: memoryview, structured: bool
+) -> list[memoryview]:
+    """The replies to READs of one block each, with all data; the hot path.
+
+    `cells` has the block of each after room for a header, DATA_HEADER_BYTES, where it is written:
+    structured replies then lie there one after the other.
+    """
+    stride = len(cells) // len(requests)
+    at = 0
+    if structured:
+        for _, _, cookie, offset, length, _ in requests:
+            _pack_data_into(cells, at, 0x668E33EF, 1, 1, cookie, length + 8, offset)  # data_chunk
+            at += stride
+        return [cells]
+    replies = []
+    for request in requests:
+        start = at + DATA_HEADER_BYTES - SIMPLE_HEADER_BYTES
+        _pack_simple_into(cells, start, 0x67446698, 0, request[2])  # simple_reply
+        at += stride
+        replies.append(cells[start:at])
     return replies
 
 

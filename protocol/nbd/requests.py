@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from protocol.nbd import constants as c
 from protocol.nbd.errors import ProtocolViolation
 from protocol.nbd.exports import Export
+from protocol.units import PIECE_BYTES_MAX
 
 # (command, flags, cookie, offset, length, payload)
 Request = tuple[int, int, int, int, int, memoryview | None]
@@ -61,10 +62,14 @@ class RequestParser:
         start: int,
         end: int,
         requests: list[Request],
+        reads: list[Request] | None = None,
+        plain_end: int = 0,
     ) -> int:
         """Append every whole request in view[start:end]; return where the unparsed rest begins.
 
-        `view` is a view of `buffer`; payloads are slices of it.
+        `view` is a view of `buffer`; payloads are slices of it. Plain READs are appended to `reads`
+        in place of `requests`: no flags, whole blocks below byte `plain_end`, at most
+        PIECE_BYTES_MAX. They need no check.
         A WRITE above `maximum_payload` is skipped, needs no buffer, and appears (payload None)
         when its last byte has passed; `check` says EINVAL to it. Requests appended before a
         ProtocolViolation is raised are good. The caller stops at a DISC and reads no further.
@@ -73,6 +78,7 @@ class RequestParser:
             start = self._drain(start, end, requests)
         unpack = _HEADER.unpack_from
         append = requests.append
+        append_read = append if reads is None else reads.append
         maximum = self.maximum_payload
         last = end - HEADER_BYTES
         while start <= last:
@@ -81,7 +87,15 @@ class RequestParser:
                 return _bad_magic(magic, end, requests)
             if command != 1:  # CMD_WRITE, likewise
                 start += HEADER_BYTES
-                append((command, flags, cookie, offset, length, None))
+                if (
+                    command == 0 == flags
+                    and offset + length <= plain_end
+                    and not (offset | length) & 4095
+                    and 0 < length <= PIECE_BYTES_MAX
+                ):
+                    append_read((0, 0, cookie, offset, length, None))
+                else:
+                    append((command, flags, cookie, offset, length, None))
             elif length <= maximum:
                 data = start + HEADER_BYTES
                 finish = data + length

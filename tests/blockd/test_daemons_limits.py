@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from blockd.daemons.handshake import Session
+from blockd.loop import Loop
 from protocol.errors import ConflictError
 from tests.blockd.daemon_harness import Cluster, Daemon, cluster
 from tests.blockd.nbd_client import READ, WRITE, NbdClient
@@ -103,7 +104,8 @@ def test_a_blank_replica_that_was_taken_meanwhile_refuses_the_other_volume(direc
     try:
         content = {"epoch": 1, "volume_name": "v", "config_seq": 0, "config": {}}
         first, second = str(uuid.uuid4()), str(uuid.uuid4())
-        sessions = [Session(f"unix:{directory}/r.sock", name, b"") for name in (first, second)]
+        loop, address = Loop(), f"unix:{directory}/r.sock"
+        sessions = [Session(loop, address, name, b"") for name in (first, second)]
         sessions[0].fence({**content, "volume_uuid": first})
         with pytest.raises(ConflictError, match="belongs to volume"):
             sessions[1].fence({**content, "volume_uuid": second})

@@ -27,6 +27,27 @@ def test_a_data_chunk_counts_the_offset_in_its_length() -> None:
     assert replies.data_chunk(COOKIE, 0, 1, done=False)[4:6] == b"\0\0"
 
 
+@pytest.mark.parametrize("structured", [False, True])
+def test_replies_written_into_the_room_before_blocks_are_those_made_one_by_one(
+    structured: bool,
+) -> None:
+    requests = [
+        (c.CMD_READ, 0, COOKIE, 0, 4096, None),
+        (c.CMD_READ, 0, 1, 1 << 40, 4096, None),
+        (c.CMD_READ, 0, 0, 8192, 4096, None),
+    ]
+    blocks = [bytes([number]) * 4096 for number in range(3)]
+    cells = bytearray(b"".join(b"\xee" * replies.DATA_HEADER_BYTES + block for block in blocks))
+    expected = b""
+    for (_, _, cookie, offset, length, _), block in zip(requests, blocks, strict=True):
+        if structured:
+            expected += replies.data_chunk(cookie, offset, length) + block
+        else:
+            expected += replies.simple_reply(cookie) + block
+    made = replies.block_replies(requests, memoryview(cells), structured)
+    assert b"".join(made) == expected
+
+
 def test_a_hole_chunk_carries_offset_and_size() -> None:
     assert replies.hole_chunk(COOKIE, 1 << 40, 1 << 25, done=False) == bytes.fromhex(
         "668e33ef 0000 0002 fedcba9876543210 0000000c 0000010000000000 02000000"

@@ -221,3 +221,32 @@ def test_what_follows_a_disconnect_is_not_a_violation() -> None:
     requests, start = parse(RequestParser(), header(c.CMD_DISC, 0) + bytes(100))
     assert [request[0] for request in requests] == [c.CMD_DISC]
     assert start == HEADER_BYTES + 100
+
+
+def test_plain_reads_are_sorted_out_and_keep_their_order() -> None:
+    plain = [(0, 4096), (8192, 65536), (END - 4096, 4096), (4096, 1 << 20)]
+    others = [
+        header(c.CMD_READ, 4096, offset=END),  # past the end
+        header(c.CMD_READ, 8192, offset=END - 4096),
+        header(c.CMD_READ, 512, offset=512),  # not whole blocks
+        header(c.CMD_READ, 4096, offset=512),
+        header(c.CMD_READ, 0, offset=0),
+        header(c.CMD_READ, (1 << 20) + 4096, offset=0),  # more than one piece
+        header(c.CMD_READ, 4096, flags=c.CMD_FLAG_DF),
+        header(c.CMD_FLUSH, 0),
+        header(c.CMD_TRIM, 4096, offset=0),
+    ]
+    data = header(c.CMD_WRITE, 4) + b"data"
+    for cookie, (offset, length) in enumerate(plain):
+        data += header(c.CMD_READ, length, cookie=cookie, offset=offset) + others[cookie]
+    data += b"".join(others[len(plain) :])
+    buffer = bytearray(data)
+    requests: list[Request] = []
+    reads: list[Request] = []
+    end = RequestParser().parse(buffer, memoryview(buffer), 0, len(data), requests, reads, END)
+    assert end == len(data)
+    assert [(cookie, (offset, length)) for _, _, cookie, offset, length, _ in reads] == list(
+        enumerate(plain)
+    )
+    assert [request[0] for request in requests] == [1, 0, 0, 0, 0, 0, 0, 0, 3, 4]
+    assert all(request[:2] == (0, 0) and request[5] is None for request in reads)

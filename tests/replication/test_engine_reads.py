@@ -13,7 +13,8 @@ from protocol import replica as wire
 from protocol.checksum import block_checksums, crc32c
 from protocol.errors import PeerError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
-from replication.engine import BATCHES_PER_TURN, EXTENTS_BLOCKS_MAX
+from replication.engine import EXTENTS_BLOCKS_MAX
+from replication.reading import BATCHES_PER_TURN
 from tests.replication.world import Request, World
 
 
@@ -267,16 +268,16 @@ def test_an_answer_that_covers_reads_of_two_messages_breaks_the_session() -> Non
     world = World(1)
     reads = [*world.read_blocks([(0, 1), (1, 1)]), *world.read_blocks([(2, 1)])]
     with pytest.raises(PeerError):
-        answer_with(world, wire.DATA, 1, 3, struct.pack("<3I", 1, 1, 1))
+        answer_with(world, wire.DATA, 1, 3, struct.pack("<3I", 1, 1, 1) + 3 * ROOM)
     check_reads(world, reads)
 
 
 def test_a_read_answered_twice_breaks_the_session() -> None:
     world = World(1)
     (read,) = world.read_blocks([(0, 1)])
-    answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1))
+    answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1) + ROOM)
     with pytest.raises(PeerError):
-        answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1))
+        answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1) + ROOM)
     assert read.answers == 1
 
 
@@ -328,9 +329,13 @@ def answer_with(world: World, operation: int, sequence: int, count: int, payload
     world.engine.received(world.link("r0"), frames)
 
 
+ROOM = bytes(wire.HEADROOM_BYTES)
+
+
 def data_payload(*blocks: bytes) -> bytes:
+    """Of one range."""
     entries = block_checksums(memoryview(b"".join(blocks)))
-    return struct.pack(f"<{len(entries)}I", *entries) + b"".join(blocks)
+    return struct.pack(f"<{len(entries)}I", *entries) + ROOM + b"".join(blocks)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +377,7 @@ def test_applied_never_goes_back() -> None:
         (0, data_payload(*[b"a" * BLOCK_BYTES] * 2)),
         (1, b""),
         (1, b"1234"),
+        (1, data_payload(b"a" * BLOCK_BYTES, b"b" * BLOCK_BYTES)[:8] + b"a" * 2 * BLOCK_BYTES),
     ],
 )
 def test_data_of_another_shape_than_asked_is_not_passed_on(count: int, payload: bytes) -> None:

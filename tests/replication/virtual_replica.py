@@ -254,9 +254,14 @@ class VirtualReplica:
     def _data(self, reads: list[tuple[int, int, int]], layer_id: int) -> bytes:
         if not reads:
             return b""
-        numbers = [number for _, first, count in reads for number in range(first, first + count)]
-        blocks = [self.block(number, layer_id) for number in numbers]
-        payload = _payload(blocks, [number in self.corrupt for number in numbers])
+        entries, data = b"", b""
+        for _, first, count in reads:
+            numbers = range(first, first + count)
+            blocks = [self.block(number, layer_id) for number in numbers]
+            one = _payload(blocks, [number in self.corrupt for number in numbers])
+            entries += one[: 4 * count]
+            data += bytes(wire.HEADROOM_BYTES) + one[4 * count :]
+        payload = entries + data
         head = wire.frame(wire.DATA, reads[0][0], argument=len(reads), payload_bytes=len(payload))
         return head + payload
 

@@ -25,7 +25,7 @@ from protocol.errors import BlockdError, PeerError
 from protocol.streams import Inbox
 from protocol.units import BLOCK_BYTES
 from replication import membership
-from replication.answers import Chunks
+from replication.answers import Chunks, blocks_of
 from replication.authority import IN_SYNC, OUT, Member, Record
 from replication.engine import Engine
 from replication.ledger import Ledger
@@ -210,8 +210,8 @@ class World:
         if not error and request.kind in ("write", "zero"):
             self._check_golden_rule(request)
 
-    def blocks(self, cookies: Sequence[Any], blocks: Sequence[memoryview]) -> None:
-        for cookie, block in zip(cookies, blocks, strict=True):
+    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
+        for cookie, block in zip(cookies, blocks_of(cells), strict=True):
             self.data(cookie, [(BLOCK_BYTES, block)])
 
     def data(self, cookie: Any, chunks: Chunks) -> None:

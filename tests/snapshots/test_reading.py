@@ -118,6 +118,35 @@ def test_ranges_that_are_read_together_are_what_each_of_them_is(model: Model, se
         assert target[:used] == entries + data
 
 
+def test_single_blocks_are_read_until_one_has_no_data_or_is_not_in_memory(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.write(0, [1, 2, 3])
+    model.seal()
+    model.write(3, [4])
+    arena = memoryview(bytearray(4 * 4096))
+    vectors = [(arena[at : at + 4096],) for at in range(0, 4 * 4096, 4096)]
+    replica = model.replica
+    assert replica.read_blocks([3, 0, 2], vectors) == [block_checksum(fill(n)) for n in (4, 1, 3)]
+    assert arena[: 3 * 4096] == fill(4) + fill(1) + fill(3)
+    assert replica.read_blocks([1, 9, 2], vectors) == [block_checksum(fill(2))]  # 9: no data
+    assert replica.read_blocks([REGION * 2 - 1], vectors) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", cold(2 * 4096))  # block 0
+        assert replica.read_blocks([3, 0], vectors) == [block_checksum(fill(4))]
+
+
+@pytest.mark.parametrize("headroom", [0, 28])
+def test_ranges_have_room_before_the_data_of_each(model: Model, headroom: int) -> None:
+    model.write(0, [1, 2, 3])
+    target = memoryview(bytearray(6 * 4100 + 3 * 28))
+    done, used = model.replica.read_ranges([0, 9, 1], [1, 1, 3], target, 0, headroom)
+    room = bytes(headroom)
+    expected = room + fill(1) + room + room + fill(2) + fill(3)
+    assert (done, used) == (3, 20 + len(expected))
+    assert target[20:used] == expected
+
+
 @pytest.mark.parametrize("bad", range(5))
 def test_ranges_before_one_that_is_not_in_memory_are_read(
     model: Model, bad: int, monkeypatch: pytest.MonkeyPatch
