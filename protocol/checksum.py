@@ -1,7 +1,8 @@
 """The checksum of one 4 KiB block, as it stands in layer maps and on the replica wire.
 
-It is CRC32C (RFC 3720, appendix B.4) with two values set aside: an entry 0 means the block is
-absent from the layer, 1 means it is all zeros. A CRC of 0 or 1 is therefore written as 2 or 3.
+It is CRC32C (RFC 3720, appendix B.4) with the values 0 to 3 set aside: an entry 0 means the block
+is absent from the layer, 3 means it is all zeros; 1 and 2 mean nothing, so that no single flipped
+bit makes one of these out of the other. A CRC of 0 to 3 is therefore written as 4 to 7.
 
 The compiled half of the `crc32c` package is loaded by itself: its Python half reads the package's
 metadata to know its version, which costs every daemon 2.5 MiB and 30 ms.
@@ -42,13 +43,14 @@ def _load() -> Callable[..., int]:
 crc32c = _load()
 
 ABSENT = 0
-ZEROS = 1
+ZEROS = 3
+UNUSABLE = 0xFFFFFFFF  # sent in place of an entry that cannot be, for no block to match
 
 
 def block_checksum(block: memoryview | bytes | bytearray) -> int:
     """The map entry of one block of data."""
     crc = crc32c(block)
-    return crc if crc > ZEROS else crc + 2
+    return crc if crc > ZEROS else crc + 4
 
 
 def block_checksums(data: memoryview) -> list[int]:
@@ -56,5 +58,5 @@ def block_checksums(data: memoryview) -> list[int]:
     entries = []
     for start in range(0, len(data), BLOCK_BYTES):
         crc = crc32c(data[start : start + BLOCK_BYTES])
-        entries.append(crc if crc > ZEROS else crc + 2)
+        entries.append(crc if crc > ZEROS else crc + 4)
     return entries

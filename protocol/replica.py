@@ -16,7 +16,7 @@ A frame is a 40-byte little-endian header and a payload:
 
 The payload size stands apart from `length` so that a reader frames a message without knowing its
 operation. Blocks travel as one little-endian u32 map entry per 4 KiB block (protocol.checksum),
-then the data; in DATA and LAYER_* payloads only blocks that have data (entry > 1) follow, densely.
+then the data; in DATA and LAYER_* payloads only blocks that have data (entry > 3) follow, densely.
 Control payloads are JSON objects. What no map entry protects is covered by a CRC32C in `length`:
 the whole payload of READ, EXTENT_LIST and control messages, the map block of LAYER_*.
 

@@ -37,7 +37,7 @@ def data_bytes(entries: Sequence[int]) -> int:
 def single_blocks(payload: memoryview, counts: Sequence[int]) -> memoryview | None:
     """Room and data of reads of one block each; None if not all are that, have data, and match.
 
-    A CRC of 0 or 1, which an entry cannot be, counts as no match too.
+    A CRC of 0 to 3, which an entry cannot be, counts as no match too.
     """
     count = len(counts)
     if len(payload) != (4 + wire.CELL_BYTES) * count or sum(counts) != count:

@@ -10,7 +10,7 @@ so block b lies at file block b + (b >> 10) + 2, and its map entry is u32 number
 b + ((b >> 10) << 20) + 1024 of the file. Map and data of a region are neighbours in one file: one
 fdatasync makes both durable and a region is copied from one place.
 
-A map entry is 0 = absent (look in the parent), 1 = zeros, else the CRC32C of the block. The whole
+A map entry is 0 = absent (look in the parent), 3 = zeros, else the CRC32C of the block. The whole
 file is memory-mapped and shared; only map blocks are touched through the mapping, data goes through
 pread and pwrite. A mapped page that is not allocated must never be stored to (SIGBUS on a full
 disk) and one that is not in the page cache should not be touched in the event loop, therefore

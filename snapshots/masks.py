@@ -18,11 +18,14 @@ SLOT_BYTES = [bytes([slot]) for slot in range(256)]
 SLOT_RUNS = [SLOT_BYTES[slot] * BLOCKS_PER_REGION for slot in range(256)]
 _SLOT_MASKS = [int.from_bytes(run, "little") for run in SLOT_RUNS]
 _FULL = bytes([0]) + b"\xff" * 255  # any bit set in a byte: the whole byte
-_NOT_ONE = bytes([0, 0]) + bytes(range(2, 256))  # drops the low byte of a ZEROS entry
+_NOT_ZEROS = bytes([0, 1, 2, 0]) + bytes(range(4, 256))  # drops the low byte of a ZEROS entry
 
 
 def masks(map_block: bytes) -> tuple[int, int]:
-    """(present, data): the blocks with any entry, the blocks whose entry is a checksum."""
+    """(present, data): the blocks with any entry, the blocks whose entry is a checksum.
+
+    An entry that cannot be (1, 2) counts as a checksum: reading it shows that it is damaged.
+    """
     low = map_block[0::4]
     high = (
         int.from_bytes(map_block[1::4], "little")
@@ -30,7 +33,7 @@ def masks(map_block: bytes) -> tuple[int, int]:
         | int.from_bytes(map_block[3::4], "little")
     )
     present = (int.from_bytes(low, "little") | high).to_bytes(BLOCKS_PER_REGION, "little")
-    data = int.from_bytes(low.translate(_NOT_ONE), "little") | high
+    data = int.from_bytes(low.translate(_NOT_ZEROS), "little") | high
     return (
         int.from_bytes(present.translate(_FULL), "little"),
         int.from_bytes(data.to_bytes(BLOCKS_PER_REGION, "little").translate(_FULL), "little"),

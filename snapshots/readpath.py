@@ -14,7 +14,7 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 
-from protocol.checksum import ABSENT, ZEROS, block_checksum
+from protocol.checksum import ABSENT, UNUSABLE, ZEROS, block_checksum
 from protocol.errors import BlockdError, NotFoundError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
 from snapshots import chain
@@ -48,7 +48,7 @@ class ReadPath(Store):
     def read_into(self, first_block: int, count: int, target: memoryview, layer_id: int = 0) -> int:
         """Read blocks of the live volume, or of the snapshot that is layer `layer_id`.
 
-        `target` receives `count` u32 map entries (1 = zeros, else the checksum), then the data of
+        `target` receives `count` u32 map entries (3 = zeros, else the checksum), then the data of
         the blocks that are not zeros, densely. Returns the bytes used. Waits for the disk; in a
         thread other than the event loop's the result can be AGAIN (-1): a write got in between,
         call again from the event loop.
@@ -99,7 +99,8 @@ class ReadPath(Store):
                     except OSError:  # most often: it would block
                         break
                     if got == 4096:
-                        entries[blocks] = handle.map[first + (region << 20) + 1024]
+                        entry = handle.map[first + (region << 20) + 1024]
+                        entries[blocks] = entry if entry > ZEROS else UNUSABLE
                         at = begin + 4096
                         blocks += 1
                         done += 1
@@ -171,7 +172,11 @@ class ReadPath(Store):
                     if not handle.ready[region] and not handle.warm(region, flags):
                         return WOULD_BLOCK
                     number = block + at + (region << 20) + 1024
-                    entries[done : done + run] = handle.map[number : number + run]
+                    named = handle.map[number : number + run]
+                    if min(named) <= ZEROS:  # the map is damaged: the index knows of data here
+                        usable = [entry if entry > ZEROS else UNUSABLE for entry in named]
+                        named = memoryview(array("I", usable))
+                    entries[done : done + run] = named
                     data = target[used : used + run * BLOCK_BYTES]
                     if not _read_data(handle, block + at, data, flags):
                         return WOULD_BLOCK

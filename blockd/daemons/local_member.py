@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons.replica_service import ReplicaService, as_storage_error, next_part
 from blockd.loop import Loop
 from protocol import replica as wire
-from protocol.checksum import block_checksums
+from protocol.checksum import ZEROS, block_checksums
 from protocol.errors import BlockdError, StorageError
 from protocol.streams import lazy_buffer
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
@@ -236,7 +236,7 @@ class LocalMember:
             answer = wire.ANSWER
             payload = b"{}"
             copy = memoryview(parts[0])
-            entries = [entry for entry in copy[:_MAP_BYTES].cast("I") if entry > 1]
+            entries = [entry for entry in copy[:_MAP_BYTES].cast("I") if entry > ZEROS]
             if block_checksums(copy[_MAP_BYTES:]) != entries:
                 raise StorageError(f"layer {argument} region {offset} does not match its checksums")
             self._replica.layer_write(argument, offset, copy[:_MAP_BYTES], copy[_MAP_BYTES:])

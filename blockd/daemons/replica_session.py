@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons.replica_service import READ_BLOCKS_MAX, as_storage_error, next_part
 from blockd.daemons.stream import Stream
 from protocol import replica as wire
-from protocol.checksum import block_checksum, block_checksums
+from protocol.checksum import ZEROS, block_checksum, block_checksums
 from protocol.errors import (
     BlockdError,
     PeerError,
@@ -401,7 +401,7 @@ class ReplicaSession(Stream):
         if self._replica.complete:
             raise StateError("layers are only written during a rebuild")
         entries = payload[:map_bytes].cast("I")
-        expected = [entry for entry in entries if entry > 1]
+        expected = [entry for entry in entries if entry > ZEROS]
         data = payload[map_bytes:]
         if len(data) != len(expected) * BLOCK_BYTES:
             raise wire.WireError("a layer region came with another amount of data")

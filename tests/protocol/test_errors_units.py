@@ -200,10 +200,16 @@ def preimage(crc: int) -> bytes:
     return bytes(BLOCK_BYTES - 4) + answer.to_bytes(4, "little")
 
 
-@pytest.mark.parametrize(("crc", "entry"), [(0, 2), (1, 3), (2, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize(("crc", "entry"), [(0, 4), (1, 5), (2, 6), (3, 7), (4, 4), (8, 8)])
 def test_values_set_aside_are_never_the_entry_of_data(crc: int, entry: int) -> None:
     block = preimage(crc)
     assert ORACLE(block) == crc
     assert block_checksum(block) == entry
     assert block_checksums(memoryview(block + block)) == [entry, entry]
     assert entry not in (ABSENT, ZEROS)
+
+
+def test_no_flipped_bit_makes_an_absent_block_of_zeros_or_the_reverse() -> None:
+    for bit in range(32):
+        for entry in (ABSENT, ZEROS):
+            assert entry ^ 1 << bit not in (ABSENT, ZEROS)

@@ -268,16 +268,16 @@ def test_an_answer_that_covers_reads_of_two_messages_breaks_the_session() -> Non
     world = World(1)
     reads = [*world.read_blocks([(0, 1), (1, 1)]), *world.read_blocks([(2, 1)])]
     with pytest.raises(PeerError):
-        answer_with(world, wire.DATA, 1, 3, struct.pack("<3I", 1, 1, 1) + 3 * ROOM)
+        answer_with(world, wire.DATA, 1, 3, struct.pack("<3I", 3, 3, 3) + 3 * ROOM)
     check_reads(world, reads)
 
 
 def test_a_read_answered_twice_breaks_the_session() -> None:
     world = World(1)
     (read,) = world.read_blocks([(0, 1)])
-    answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1) + ROOM)
+    answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 3) + ROOM)
     with pytest.raises(PeerError):
-        answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 1) + ROOM)
+        answer_with(world, wire.DATA, 1, 1, struct.pack("<I", 3) + ROOM)
     assert read.answers == 1
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from protocol import replica as wire
-from protocol.checksum import block_checksums
+from protocol.checksum import ABSENT, ZEROS, block_checksums
 from protocol.errors import (
     BlockdError,
     ConflictError,
@@ -367,7 +367,7 @@ class VirtualReplica:
         for number in range(region * BLOCKS_PER_REGION, (region + 1) * BLOCKS_PER_REGION):
             block = layer.get(number)
             if block is None:
-                entries.append(1 if number in layer else 0)
+                entries.append(ZEROS if number in layer else ABSENT)
             else:
                 entries += block_checksums(memoryview(block))
                 data.append(block)
@@ -390,7 +390,7 @@ class VirtualReplica:
         for index, entry in enumerate(entries):
             number = region * BLOCKS_PER_REGION + index
             layer.pop(number, None)
-            if entry == 1:
+            if entry == ZEROS:
                 layer[number] = None
             elif entry:
                 block = payload[position : position + BLOCK_BYTES]
@@ -405,7 +405,7 @@ def _payload(blocks: list[bytes | None], corrupt: list[bool]) -> bytes:
     entries, data = [], []
     for block, bad in zip(blocks, corrupt, strict=True):
         if block is None and not bad:
-            entries.append(1)
+            entries.append(ZEROS)
             continue
         block = block or ZERO_BLOCK
         entries += block_checksums(memoryview(block))

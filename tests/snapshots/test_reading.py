@@ -41,7 +41,7 @@ def test_checksums_are_crc32c_as_an_independent_implementation_computes_it() -> 
     for _ in range(20):
         block = random.randbytes(4096)
         crc = oracle(block)
-        assert block_checksum(block) == (crc if crc > 1 else crc + 2)
+        assert block_checksum(block) == (crc if crc > 3 else crc + 4)
         assert block_checksums(memoryview(block * 2)) == [block_checksum(block)] * 2
 
 
