@@ -25,11 +25,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import StorageError
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
-from snapshots import chain
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
 from snapshots.dirty import CLEAN, HOT
 from snapshots.layer import WRITABLE, block_offset, entry_number
-from snapshots.masks import SLOT_RUNS, resolve
+from snapshots.masks import SLOT_RUNS
 from snapshots.readpath import ENTRY_RUNS, ReadPath, pieces
 from snapshots.reserve import FULL_DISK
 from snapshots.syscalls import allocate, storage_error, write_all
@@ -51,6 +50,8 @@ class DataPath(ReadPath):
         zones = self._zones
         for zone in numbers:
             if zones[zone] == CLEAN:
+                if not self._index_ready[zone]:
+                    self.warm_index(zone)
                 self.index.make_writable(zone)
         self.dirty.mark(numbers)
 
@@ -271,19 +272,6 @@ class DataPath(ReadPath):
             if block < stop:
                 self.head.write(block, memoryview(bytes((stop - block) * BLOCK_BYTES)))
             block = stop if stop > block else end
-
-    # The index
-
-    def resolve_live(self, region: int) -> bytes:
-        """What the index of a region must hold, from the maps of the live chain."""
-        layers = chain.chain(self.metadata.layers, self.metadata.head_id)
-        return resolve((info.slot, self._handle(info.slot).map_block(region)) for info in layers)
-
-    def rebuild_index(self, region: int) -> None:
-        """Store what `resolve_live` says; the zone's page is allocated."""
-        start = region * BLOCKS_PER_REGION
-        assert self._index_ready[region // REGIONS_PER_ZONE]
-        self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
 
 
 def _split_zeros(first_block: int, data: memoryview, checksums: Sequence[int]) -> tuple[Runs, Runs]:

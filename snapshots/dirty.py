@@ -1,31 +1,40 @@
-"""The dirty log: one durable bit per 16 MiB zone, set before the first write into a clean zone.
+"""The dirty log: which 16 MiB zones a crash may have left inconsistent or unlike other members.
 
-It bounds all work after a crash: a zone whose bit is clear has a durable index page, has no block
-that differs from its checksum and is the same on every member. Bits are set with RWF_DSYNC and
-cleared lazily without it (a lost clearing only costs work).
+One u64 per zone, little-endian, 512 zones per 4 KiB page:
+
+    bits 0..30   stamp: all changes of the zone were made in this member configuration or before
+    bit 31       dirty: the zone was changed since it was last known to be the same on all members
+    bits 32..63  CRC32C of the zone's index page when the zone became clean; 0: not known
+
+A dirty bit is durable before the first write into a clean zone (RWF_DSYNC). A zone becomes clean
+after its data and index page are durable here and its changes are durable on every member that
+counts (`Store.stable`); that is written without syncing: a lost clearing only costs work. An entry
+never tears: sectors are old or new. So a clean zone has a right index page, no block that differs
+from its checksum, and any member that was in sync in a configuration after its stamp has it too.
 
 In memory each zone is in one of three states:
 
     CLEAN  bit clear                                        `mark` -> HOT
     COOL   bit set, nothing written since a flush began     `mark` -> HOT, `clear` -> CLEAN
     HOT    bit set, written since the last flush began      `cool` -> COOL
-
-`clear` comes after a flush that began later than the last write, and an index sync, are done.
-A power cut can tear a page of the file at sector bounds: each sector is old or new, both are valid.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Mapping
 
 from protocol.units import BLOCK_BYTES
 from snapshots.index import open_sized
 from snapshots.syscalls import storage_error
 
 CLEAN, COOL, HOT = 0, 1, 2
-_ZONES_PER_PAGE = BLOCK_BYTES * 8
+_DIRTY = 1 << 31
+_STAMP = _DIRTY - 1
+_ZONES_PER_PAGE = BLOCK_BYTES // 8
+_STATE_OF_BYTE = bytes(COOL if byte & 0x80 else CLEAN for byte in range(256))  # the one of bit 31
 
 
 def dirty_bytes(zone_count: int) -> int:
@@ -40,17 +49,13 @@ class DirtyLog:
         self.path = path
         self.fd = -1
         self.fd = open_sized(path, dirty_bytes(zone_count))
-        self.zones = bytearray(zone_count)
-        self.hot: list[int] = []  # every HOT zone once
         try:
-            self._bits = bytearray(os.pread(self.fd, dirty_bytes(zone_count), 0))
+            content = os.pread(self.fd, dirty_bytes(zone_count), 0)
         except OSError as error:
             raise storage_error("reading", path, error) from error
-        for number, byte in enumerate(self._bits):
-            if byte:
-                for zone in range(number * 8, min(number * 8 + 8, zone_count)):
-                    if byte >> (zone & 7) & 1:
-                        self.zones[zone] = COOL
+        self._entries = array("Q", content)
+        self.zones = bytearray(content[3 : zone_count * 8 : 8].translate(_STATE_OF_BYTE))
+        self.hot: list[int] = []  # every HOT zone once
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -60,19 +65,34 @@ class DirtyLog:
         """All zones whose bit is set."""
         return [zone for zone, state in enumerate(self.zones) if state != CLEAN]
 
+    def changed_since(self, config_seq: int) -> list[int]:
+        """The zones that a member without configuration `config_seq` and later may not have."""
+        lows = memoryview(self._entries).cast("B").cast("I")[0 : 2 * len(self.zones) : 2].tolist()
+        return [zone for zone, low in enumerate(lows) if low >= config_seq]  # dirty: >= 2^31
+
+    def stamp(self, zone: int, dirty_stamp: int) -> int:
+        """The stamp of a zone; of a dirty one at least `dirty_stamp`."""
+        entry = self._entries[zone]
+        return max(entry & _STAMP, dirty_stamp) if entry & _DIRTY else entry & _STAMP
+
+    def page_checksum(self, zone: int) -> int:
+        """The CRC32C that the index page of a clean zone must have; 0: not known."""
+        entry = self._entries[zone]
+        return 0 if entry & _DIRTY else entry >> 32
+
     def mark(self, numbers: Iterable[int]) -> None:
         """Make zones HOT; returns when every bit is durable. On failure no state has changed."""
-        zones = self.zones
+        zones, entries = self.zones, self._entries
         numbers = list(numbers)
-        clean = [zone for zone in numbers if zones[zone] == CLEAN]
+        clean = {zone: entries[zone] for zone in numbers if zones[zone] == CLEAN}
         if clean:
             for zone in clean:
-                self._bits[zone >> 3] |= 1 << (zone & 7)
+                entries[zone] |= _DIRTY
             try:
                 self._write_pages(clean, os.RWF_DSYNC)
             except OSError as error:
-                for zone in clean:
-                    self._bits[zone >> 3] &= ~(1 << (zone & 7)) & 0xFF
+                for zone, entry in clean.items():
+                    entries[zone] = entry
                 raise storage_error("writing", self.path, error) from error
         for zone in numbers:
             if zones[zone] != HOT:
@@ -87,28 +107,37 @@ class DirtyLog:
         self.hot = []
         return cooled
 
-    def clear(self, zones: Iterable[int]) -> None:
-        """Clear the bits of those of `zones` that are still COOL.
+    def clear(self, checksums: Mapping[int, int], stamp: int) -> None:
+        """Make those zones clean that are still COOL; `checksums` are those of their index pages.
 
         Never fails: a bit that stays set in the file costs work after a crash and nothing else.
         """
-        cold = [zone for zone in zones if self.zones[zone] == COOL]
+        cold = [zone for zone in checksums if self.zones[zone] == COOL]
         for zone in cold:
-            self._bits[zone >> 3] &= ~(1 << (zone & 7)) & 0xFF
+            newest = max(self._entries[zone] & _STAMP, stamp)
+            self._entries[zone] = newest | checksums[zone] << 32
             self.zones[zone] = CLEAN
         with contextlib.suppress(OSError):
             self._write_pages(cold, 0)
 
+    def raise_stamps(self, stamps: Mapping[int, int]) -> None:
+        """Zones were changed elsewhere as late as these configurations; durable with `sync`."""
+        raised = [zone for zone, stamp in stamps.items() if self._entries[zone] & _STAMP < stamp]
+        for zone in raised:
+            self._entries[zone] = self._entries[zone] & ~_STAMP | stamps[zone]
+        try:
+            self._write_pages(raised, 0)
+        except OSError as error:
+            raise storage_error("writing", self.path, error) from error
+
     def sync(self) -> None:
-        """Make cleared bits durable too."""
+        """Make everything durable that was written without syncing."""
         os.fdatasync(self.fd)
 
-    def _write_pages(self, zones: list[int], flags: int) -> None:
+    def _write_pages(self, zones: Iterable[int], flags: int) -> None:
+        view = memoryview(self._entries).cast("B")
         for page in sorted({zone // _ZONES_PER_PAGE for zone in zones}):
             start = page * BLOCK_BYTES
-            view = memoryview(self._bits)[start : start + BLOCK_BYTES]
-            written = os.pwritev(self.fd, [view], start, flags)
-            if (
-                written != BLOCK_BYTES
-            ):  # the space exists since creation; anything short is an error
+            written = os.pwritev(self.fd, [view[start : start + BLOCK_BYTES]], start, flags)
+            if written != BLOCK_BYTES:  # the space exists since creation: short is an error
                 raise OSError(5, f"only {written} of {BLOCK_BYTES} bytes written")

@@ -54,6 +54,10 @@ class Index:
         self.ready[zone] = 1
         return True
 
+    def page(self, zone: int) -> bytes:
+        """A copy of a zone's page."""
+        return self.memory[zone * BLOCK_BYTES : (zone + 1) * BLOCK_BYTES]
+
     def make_writable(self, zone: int) -> None:
         """Allocate a zone's page so that it can be stored to."""
         try:

@@ -14,9 +14,9 @@ import threading
 from array import array
 from collections.abc import Iterator, Sequence
 
-from protocol.checksum import ABSENT, UNUSABLE, ZEROS, block_checksum
+from protocol.checksum import ABSENT, UNUSABLE, ZEROS, block_checksum, crc32c
 from protocol.errors import BlockdError, NotFoundError, StateError, StorageError
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.layer import LayerFile
 from snapshots.masks import resolve, run_length
@@ -222,7 +222,7 @@ class ReadPath(Store):
         """The slots that hold blocks of one region; None: it would block."""
         if layer_id == 0 or layer_id == self.metadata.head_id:
             zone = block // BLOCKS_PER_ZONE
-            if not self._index_ready[zone] and not self.index.warm(zone, flags):
+            if not self._index_ready[zone] and not self.warm_index(zone, flags):
                 return None
             return self._index[block : block + count]
         region, start = block >> 10, block & (BLOCKS_PER_REGION - 1)
@@ -269,6 +269,40 @@ class ReadPath(Store):
                     found.append((run, is_data))
                 at += run
         return found
+
+    # The index
+
+    def warm_index(self, zone: int, flags: int = 0) -> bool:
+        """Bring a zone's index page into memory; False: it would block.
+
+        The page of a clean zone is checked when it is read for the first time, and made anew from
+        the maps if it is damaged.
+        """
+        index = self.index
+        if not index.warm(zone, flags):
+            return False
+        expected = self.dirty.page_checksum(zone)
+        if expected and crc32c(index.page(zone)) != expected:
+            if threading.get_ident() != self._owner_thread:
+                index.ready[zone] = 0  # the event loop mends it
+                return False
+            self.index_errors += 1
+            index.make_writable(zone)
+            first = zone * REGIONS_PER_ZONE
+            for region in range(first, min(first + REGIONS_PER_ZONE, self.head.region_count)):
+                self.rebuild_index(region)
+        return True
+
+    def resolve_live(self, region: int) -> bytes:
+        """What the index of a region must hold, from the maps of the live chain."""
+        layers = chain.chain(self.metadata.layers, self.metadata.head_id)
+        return resolve((info.slot, self._handle(info.slot).map_block(region)) for info in layers)
+
+    def rebuild_index(self, region: int) -> None:
+        """Store what `resolve_live` says; the zone's page is allocated."""
+        start = region * BLOCKS_PER_REGION
+        assert self._index_ready[region // REGIONS_PER_ZONE]
+        self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
 
 
 def _read_data(handle: LayerFile, block: int, data: memoryview, flags: int) -> bool:

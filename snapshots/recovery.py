@@ -39,11 +39,11 @@ from snapshots.masks import EVERY_BLOCK, masks, runs
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
 
-def recover(store: DataPath) -> list[int]:
-    """Repair every dirty zone, durably; returns them."""
+def recover(store: DataPath) -> None:
+    """Repair every dirty zone, durably."""
     zones = store.dirty.dirty_zones()
     if not zones:
-        return zones
+        return
     buffer = memoryview(bytearray(REGION_BYTES))
     for zone in zones:
         store.index.make_writable(zone)
@@ -57,7 +57,6 @@ def recover(store: DataPath) -> list[int]:
         store.index.sync()
     except OSError as error:
         raise StorageError(f"making the recovery of {store.path} durable: {error}") from error
-    return zones
 
 
 def _recover_head_region(store: DataPath, region: int, buffer: memoryview) -> None:

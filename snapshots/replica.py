@@ -82,7 +82,9 @@ class Replica(Copying):
             directory.check_layers(path, metadata)
             directory.remove_layers(path, metadata.layers, metadata.head_id)
             replica = cls(path, file, metadata, lock_fd)
-            replica.recovered_zones = recover(replica)
+            replica.recovered_zones = replica.dirty.dirty_zones()
+            if not metadata.clean:
+                recover(replica)
             replica.zones_recovered()
             replica.commit(replace(metadata, clean=False))
             file.remove_pending()
@@ -282,8 +284,8 @@ class Replica(Copying):
         fold = self.complete and not self.hold_folding
         with self.changing():
             more = fold and self._folder.step(budget_blocks)
-        if not more and self._clearable and not self.dirty.hot:
-            self._index_wanted = True
+        if not more and not self.dirty.hot:
+            self._index_wanted = bool(self._stable_zones())
         if self.flush_wanted:
             if not inline_flush:
                 return True

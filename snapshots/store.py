@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
+from protocol.checksum import crc32c
 from protocol.errors import StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
 from snapshots import chain
@@ -46,7 +47,13 @@ class Store:
         self.path = path
         self.file = file
         self.failed = False
-        self.recovered_zones: list[int] = []  # zones that were dirty at an unclean open
+        self.clean_start = metadata.clean
+        self.index_errors = 0  # pages of the index that were damaged and made anew
+        self.recovered_zones: list[int] = []  # zones that were dirty when it was opened
+        # Zones become clean only after `stable`; a replica that nobody shares is always stable.
+        self.shared = False
+        self._stable_flush = -1
+        self._stable_config = 0
         self._lock_fd = lock_fd
         self._owner_thread = threading.get_ident()
         self.flushes_begun = 0
@@ -115,7 +122,7 @@ class Store:
             self.layered = head.parent != 0 or not self.complete
 
     def zones_recovered(self) -> None:
-        """Recovery has made its zones durable: they may be cleared with the next index sync."""
+        """Recovery has made its zones durable: they may be cleared once they are stable."""
         self._clearable = dict.fromkeys(self.recovered_zones, 0)
 
     # Layers
@@ -218,6 +225,29 @@ class Store:
         self._condemned.append((path, handle))
         self._condemned.append((zeroed_path(path), None))
 
+    # Dirty zones
+
+    def stable(self, flush_number: int, config_seq: int) -> None:
+        """Everything that flush made durable here is durable on every member of `config_seq`."""
+        self._stable_flush = max(self._stable_flush, flush_number)
+        self._stable_config = max(self._stable_config, config_seq)
+
+    def _stable_zones(self) -> dict[int, int]:
+        """Zones that can be cleared once the index is durable, and the flush that made them so."""
+        zones, stable = self._zones, self._stable_flush
+        return {
+            zone: at
+            for zone, at in self._clearable.items()
+            if zones[zone] == COOL and (at <= stable or not self.shared)
+        }
+
+    def _clear(self, zones: list[int]) -> None:
+        """Make zones clean whose index pages are durable."""
+        checksums = {zone: crc32c(self.index.page(zone)) for zone in zones}
+        self.dirty.clear(checksums, self._stable_config)
+        for zone in zones:
+            self._clearable.pop(zone, None)
+
     # Flush
 
     def flush_begin(self) -> FlushJob:
@@ -233,12 +263,11 @@ class Store:
             self._clearable.pop(zone, None)
         nothing = not (cooled or self.unsynced or self.metadata_pending)
         due = self._index_wanted or self.flushes_begun % FLUSHES_PER_INDEX_SYNC == 0
-        self._index_wanted = self._index_wanted and bool(self._clearable)
-        if due and self._clearable:
+        job.clearable = self._stable_zones() if due else {}
+        if job.clearable:
             job.index = self.index
-            job.clearable = {
-                zone: at for zone, at in self._clearable.items() if self._zones[zone] == COOL
-            }
+        else:
+            self._index_wanted = False
         if nothing and self._flushes_running == 1:
             return job
         job.layers = [self.head, *(layer for layer in self.unsynced if layer is not self.head)]
@@ -274,10 +303,7 @@ class Store:
         if job.index is not None and job.index is self.index:
             self._index_wanted = False
             # Only what no later flush has cooled again: its index page may be younger.
-            zones = [zone for zone, at in job.clearable.items() if self._clearable.get(zone) == at]
-            self.dirty.clear(zones)
-            for zone in zones:
-                del self._clearable[zone]
+            self._clear([z for z, at in job.clearable.items() if self._clearable.get(z) == at])
         for zone in job.cooled:
             self._clearable[zone] = sequence
 
@@ -305,7 +331,7 @@ class Store:
         self.flush()
         try:
             self.index.sync()
-            self.dirty.clear(self.dirty.dirty_zones())
+            self._clear(list(self._stable_zones()))
             self.dirty.sync()
         except OSError as error:
             self.failed = True

@@ -64,7 +64,8 @@ class ReplicaService:
         self.flushes = 0
         self.epoch = 0  # of the newest fenced session
         self.position = (0, 0)  # epoch and sequence of the last write or zero applied
-        self.clean_start = not replica.recovered_zones
+        self.clean_start = replica.clean_start
+        replica.shared = True
         self._incarnation = os.urandom(8).hex()
         self._boot_id = loop.boot_id()
         self._refused = ""  # set when a write was not applied: our place in the order means nothing
