@@ -30,7 +30,8 @@ by several DATA and REFUSED, in any order.
 The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
 first in, first out, and the replica applies operations in that order; that order is the total
 order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
-before. FLUSH, EXTENTS, CONTROL and LAYER_* are answered one by one.
+before. FLUSH, EXTENTS, CONTROL and LAYER_* are answered one by one. STABLE has no answer: the FLUSH
+whose sequence is its `offset` has succeeded on every member of configuration `argument`.
 
 Invariants: payload <= PAYLOAD_BYTES_MAX; a frame with a wrong magic, version, CRC or size ends the
 session. No socket, file or clock here.
@@ -60,7 +61,7 @@ NONCE_BYTES = 32
 
 # Requests, volume daemon to replica.
 HELLO, PROVE, FENCE = 1, 2, 3
-READ, WRITE, ZERO, FLUSH, EXTENTS = 16, 17, 18, 19, 20
+READ, WRITE, ZERO, FLUSH, EXTENTS, STABLE = 16, 17, 18, 19, 20, 21
 CONTROL, LAYER_READ, LAYER_WRITE = 32, 33, 34
 # Answers, replica to volume daemon.
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131

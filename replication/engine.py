@@ -187,6 +187,7 @@ class Engine(Reading):
             self._flushed(flush, link, error)
 
         self.call(link, wire.FLUSH, reply)
+        flush.asked[link] = self.sequence
 
     def _flushed(self, flush: _Flush, link: Link, error: BlockdError | None) -> None:
         if error is not None:
@@ -202,7 +203,18 @@ class Engine(Reading):
     def _finish_flush(self, flush: _Flush, error: BlockdError | None = None) -> None:
         if flush in self.flushes and (error is not None or not flush.waiting):
             self.flushes.remove(flush)
+            if error is None:
+                self._tell_stable(flush)
             flush.done(error)
+
+    def _tell_stable(self, flush: _Flush) -> None:
+        """Every target has made it durable: they need not remember what they wrote before it."""
+        config_seq = self.record.config_seq
+        for link in self.targets:
+            if link.connected and link in flush.asked:
+                link.queue.append(
+                    wire.frame(wire.STABLE, 0, offset=flush.asked[link], argument=config_seq)
+                )
 
     # ---- calls to one or all members ------------------------------------------------------
 
@@ -386,8 +398,9 @@ class Engine(Reading):
 class _Flush:
     """One FLUSH and the targets that have not done it yet."""
 
-    __cells__ = ("done", "waiting")
+    __slots__ = ("asked", "done", "waiting")
 
     def __init__(self, waiting: set[Link], done: Callable[[BlockdError | None], None]) -> None:
         self.waiting = waiting
+        self.asked: dict[Link, int] = {}  # sequence of the FLUSH each was sent
         self.done = done

@@ -49,6 +49,12 @@ class FlushJob:
     holds: list[LayerFile] = field(default_factory=list)  # their open files: freed in the thread
     succeeded: bool = False
 
+    def covered_by(self, later: FlushJob) -> None:
+        """`later`, begun before this one ended, was run in place of it."""
+        self.succeeded = later.succeeded
+        self.index = None  # only what ran has synced the index
+        self.holds.clear()
+
     def run(self) -> None:
         """Make everything durable; raises StorageError."""
         store = self.store

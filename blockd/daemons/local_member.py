@@ -16,7 +16,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.replica_service import ReplicaService, as_storage_error, next_part
+from blockd.daemons.flushing import as_storage_error
+from blockd.daemons.replica_service import ReplicaService, next_part
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.checksum import ZEROS, block_checksums
@@ -218,7 +219,12 @@ class LocalMember:
     ) -> None:
         if operation == wire.FLUSH:
             post = self._service.loop.post  # never in the middle of a batch
-            self._service.flush(lambda error: post(lambda: self._later(_flushed(sequence, error))))
+            self._service.flush(
+                lambda error: post(lambda: self._later(_flushed(sequence, error))), sequence
+            )
+            return
+        if operation == wire.STABLE:
+            self._service.stable(offset, argument)
             return
         if operation == wire.LAYER_READ:
             self._layer_read(offset, sequence, argument)

@@ -95,7 +95,7 @@ class ReplicaDaemon:
                 "counters": {
                     "reads": service.reads,
                     "writes": service.writes,
-                    "flushes": service.flushes,
+                    "flushes": service.flushing.count,
                 },
                 "failed": DISK_FAILED if replica.failed else None,
             }

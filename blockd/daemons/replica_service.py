@@ -9,41 +9,21 @@ control requests and does the background work.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockd.daemons import process
+from blockd.daemons.flushing import Done, Flushing
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
-from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 
-BUSY_SECONDS = 2.0  # between signs of life during a flush; far below the peer's limit for silence
 READ_BLOCKS_MAX = (
     PIECE_BYTES_MAX // BLOCK_BYTES
 )  # of one read, or of several that are read together
 MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
-
-
-class _Flush:
-    """One flush in a thread, and who waits for it."""
-
-    def __init__(self, job: FlushJob, waiting: list[Callable[[BlockdError | None], None]]) -> None:
-        self.job = job
-        self.waiting = waiting
-        self.failure: BaseException | None = None
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self.job.run()
-        except BaseException as error:  # judged in the loop
-            self.failure = error
-        finally:
-            self.ended.set()
 
 
 def next_part(counts: Sequence[int], at: int, most: int) -> tuple[int, int]:
@@ -61,7 +41,6 @@ class ReplicaService:
         self.replica = replica
         self.reads = 0
         self.writes = 0
-        self.flushes = 0
         self.epoch = 0  # of the newest fenced session
         self.position = (0, 0)  # epoch and sequence of the last write or zero applied
         self.clean_start = replica.clean_start
@@ -69,11 +48,9 @@ class ReplicaService:
         self._incarnation = os.urandom(8).hex()
         self._boot_id = loop.boot_id()
         self._refused = ""  # set when a write was not applied: our place in the order means nothing
-        self._flush_waiting: list[Callable[[BlockdError | None], None]] = []
-        self._flushing: _Flush | None = None
+        self.flushing = Flushing(loop, replica)
         self._maintaining = False
         self._closed = False
-        self.on_busy: list[Callable[[], None]] = []
         self._folding_paused_by: set[object] = set()
 
     # ---- what sessions ask ------------------------------------------------------------------
@@ -116,6 +93,7 @@ class ReplicaService:
         if config_seq > metadata.config_seq:
             self.replica.store_config(config_seq, dict(content["config"]))
         self.epoch = epoch
+        self.flushing.new_owner()
 
     def check_volume(self, asked: str) -> None:
         """ConflictError unless the replica is blank or belongs to the volume `asked`."""
@@ -166,65 +144,28 @@ class ReplicaService:
         """A session ended: what it had paused goes on."""
         self._folding_paused_by.discard(user)
 
-    def flush(self, done: Callable[[BlockdError | None], None]) -> None:
-        """Make everything applied so far durable. Calls that come meanwhile share the next one."""
+    def flush(self, done: Done, sequence: int = 0) -> None:
+        """Make everything applied so far durable (flushing.py)."""
         if self._closed:
             done(StorageError(f"replica {self.replica.path} was closed"))
-            return
-        self.flushes += 1
-        self._flush_waiting.append(done)
-        if not self._flushing:
-            self._next_flush()
+        else:
+            self.flushing.flush(done, sequence)
 
-    def _next_flush(self) -> None:
-        waiting, self._flush_waiting = self._flush_waiting, []
-        try:
-            flush = _Flush(self.replica.flush_begin(), waiting)
-        except BlockdError as error:
-            for done in waiting:
-                done(error)
-            return
-        self._flushing = flush
-        self.loop.later(BUSY_SECONDS, lambda: self._beat(flush))
-        self.loop.in_thread(flush.run, lambda result, failure: self._end_flush(flush))
-
-    def _end_flush(self, flush: _Flush) -> None:
-        if self._flushing is not flush:
-            return  # somebody waited for it
-        self._flushing = None
-        self.replica.flush_end(flush.job)
-        error = as_storage_error(flush.failure) if flush.failure is not None else None
-        if error is not None:
-            process.log(str(error))
-        for done in flush.waiting:
-            done(error)
-        if self._flush_waiting:
-            self._next_flush()
-
-    def _beat(self, flush: _Flush) -> None:
-        """A flush may take minutes on a slow disk: say that we live, and not more often."""
-        if self._flushing is flush:
-            for tell in list(self.on_busy):
-                tell()
-            self.loop.later(BUSY_SECONDS, lambda: self._beat(flush))
+    def stable(self, sequence: int, config_seq: int) -> None:
+        """The owner's FLUSH with this sequence succeeded on every member of a configuration."""
+        if self.flushing.stable(sequence, config_seq):
+            self.worked()
 
     def close(self) -> None:
         """Close the directory cleanly if that is possible; nothing touches it afterwards."""
         if self._closed:
             return
-        self._flush_waiting.clear()
-        self._wait_for_flush()
+        self.flushing.close()
         self._closed = True
         try:
             self.replica.close()
         except (BlockdError, OSError) as error:
             process.log(f"replica {self.replica.path} was not closed cleanly: {error}")
-
-    def _wait_for_flush(self) -> None:
-        """Block until no flush runs; for the rare request that excludes one."""
-        while (flush := self._flushing) is not None:
-            flush.ended.wait()
-            self._end_flush(flush)
 
     def control(self, content: dict[str, Any], user: object) -> dict[str, Any]:
         """A CONTROL request of the fenced owner."""
@@ -257,7 +198,7 @@ class ReplicaService:
                 self._folding_paused_by.discard(user)
                 self.worked()
         elif what == "begin_sync":
-            self._wait_for_flush()
+            self.flushing.wait()
             replica.begin_sync(
                 list(content["layers"]),
                 int(content["head_id"]),
@@ -287,8 +228,8 @@ class ReplicaService:
             return
         replica = self.replica
         replica.hold_folding = bool(self._folding_paused_by)
-        if self._flushing or not replica.complete:
-            if self._flushing:
+        if self.flushing.running or not replica.complete:
+            if self.flushing.running:
                 self.worked()
             return
         try:
@@ -313,12 +254,3 @@ def describe_layer(info: Any) -> dict[str, Any]:
         "removed": info.removed,
         "allocated_bytes": info.allocated_bytes,
     }
-
-
-def as_storage_error(failure: BaseException) -> BlockdError:
-    """What a worker thread raised, as an error that can be answered; bugs are raised again."""
-    if isinstance(failure, BlockdError):
-        return failure
-    if isinstance(failure, OSError):
-        return StorageError(f"the disk failed: {failure}", errno=failure.errno)
-    raise failure

@@ -20,7 +20,8 @@ import struct
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.replica_service import READ_BLOCKS_MAX, as_storage_error, next_part
+from blockd.daemons.flushing import as_storage_error
+from blockd.daemons.replica_service import READ_BLOCKS_MAX, next_part
 from blockd.daemons.stream import Stream
 from protocol import replica as wire
 from protocol.checksum import ZEROS, block_checksum, block_checksums
@@ -113,7 +114,7 @@ class ReplicaSession(Stream):
         """End the session."""
         if self.detach():
             if self.fenced:
-                self._service.on_busy.remove(self._busy)
+                self._service.flushing.on_busy.remove(self._busy)
             self.fenced = False
             self._daemon.session_closed(self, reason)
 
@@ -191,7 +192,7 @@ class ReplicaSession(Stream):
     def _fence(self, sequence: int, content: dict[str, Any]) -> None:
         self._daemon.fence(self, content)
         self.fenced = True
-        self._service.on_busy.append(self._busy)
+        self._service.flushing.on_busy.append(self._busy)
         self._send(wire.json_frame(wire.ANSWER, sequence, self._service.describe()))
 
     def _busy(self) -> None:
@@ -334,7 +335,9 @@ class ReplicaSession(Stream):
         operation, _, length, offset, sequence, argument, payload = frame
         try:
             if operation == wire.FLUSH:
-                self._service.flush(lambda error: self._flushed(sequence, error))
+                self._service.flush(lambda error: self._flushed(sequence, error), sequence)
+            elif operation == wire.STABLE:
+                self._service.stable(offset, argument)
             elif operation == wire.EXTENTS:
                 self._extents(length, offset, sequence, argument)
             elif operation == wire.CONTROL:

@@ -62,6 +62,8 @@ class VirtualReplica:
         self.complete = True
         self.applied = 0
         self.durable = 0
+        self.stable = 0  # the order up to here is durable on all members, the owner said
+        self.flushed: dict[int, int] = {}
         self.order: list[int] = []
         self.controls: list[dict[str, Any]] = []
         self.violations: list[str] = []
@@ -200,6 +202,11 @@ class VirtualReplica:
                 return self._read(sequence, *wire.read_ranges(payload), argument)
             if operation == wire.FLUSH:
                 return self._flush(sequence)
+            if operation == wire.STABLE:
+                if offset not in self.flushed:
+                    return self._violation(f"STABLE of a flush that was not done: {offset}")
+                self.stable = self.flushed[offset]
+                return b""
             if operation == wire.EXTENTS:
                 return self._extents(sequence, offset, length, argument)
             if operation == wire.CONTROL:
@@ -272,6 +279,7 @@ class VirtualReplica:
             if self.flush_fails:
                 return self._refuse(sequence, StorageError("fdatasync failed"))
             self.durable = max(self.durable, covered)
+            self.flushed[sequence] = covered
             return wire.frame(wire.FLUSHED, sequence)
 
         return self._later(end)
