@@ -32,6 +32,28 @@ def chain(layers: Layers, layer_id: int) -> list[LayerInfo]:
     return found
 
 
+def between(layers: Layers, layer_id: int, parent_id: int) -> list[LayerInfo]:
+    """A logical layer: the layer and the removed ones below it, down to but without `parent_id`.
+
+    Youngest first. Members fold removed layers at their own pace; what they hold together is the
+    same on all. `parent_id` 0: down to the end.
+    """
+    find(layers, layer_id)
+    found: list[LayerInfo] = []
+    for layer in chain(layers, layer_id):
+        if layer.id == parent_id:
+            return found
+        if found and not layer.removed:
+            raise StateError(
+                f"layer {layer.id} lies between layer {layer_id} and layer {parent_id}; the trees "
+                "of these members differ"
+            )
+        found.append(layer)
+    if parent_id:
+        raise NotFoundError(f"layer {parent_id} is not below layer {layer_id}")
+    return found
+
+
 def children(layers: Layers, layer_id: int) -> list[LayerInfo]:
     """The layers whose parent this is."""
     return [layer for layer in layers if layer.parent == layer_id]

@@ -35,8 +35,8 @@ from snapshots.syscalls import allocate, storage_error, write_all
 
 Runs = list[tuple[int, int]]  # (first block, count)
 
-_ZERO_BLOCK = bytes(BLOCK_BYTES)
-_ZERO_CHECKSUM = block_checksum(_ZERO_BLOCK)
+ZERO_BLOCK = bytes(BLOCK_BYTES)
+ZERO_CHECKSUM = block_checksum(ZERO_BLOCK)
 
 
 class DataPath(ReadPath):
@@ -49,9 +49,9 @@ class DataPath(ReadPath):
         self.check_open()
         zones = self._zones
         for zone in numbers:
+            if not self._index_ready[zone]:
+                self.warm_index(zone)
             if zones[zone] == CLEAN:
-                if not self._index_ready[zone]:
-                    self.warm_index(zone)
                 self.index.make_writable(zone)
         self.dirty.mark(numbers)
 
@@ -76,7 +76,7 @@ class DataPath(ReadPath):
             self._head_ready[region] != WRITABLE
             or self._zones[region >> 2] != HOT
             or (first_block + count - 1) >> 10 != region
-            or (self.layered and _ZERO_CHECKSUM in checksums)
+            or (self.layered and ZERO_CHECKSUM in checksums)
         ):
             self._write_slowly(first_block, count, data, checksums)
             return
@@ -110,7 +110,7 @@ class DataPath(ReadPath):
         self._prepare(first_block, count)
         data_runs: Runs = [(first_block, count)]
         zero_runs: Runs = []
-        if self.layered and _ZERO_CHECKSUM in checksums:
+        if self.layered and ZERO_CHECKSUM in checksums:
             data_runs, zero_runs = _split_zeros(first_block, data, checksums)
             for block, length in zero_runs:
                 self._prepare_zero(block, length, keep_allocated=False)
@@ -280,7 +280,7 @@ def _split_zeros(first_block: int, data: memoryview, checksums: Sequence[int]) -
     last = None
     for number, checksum in enumerate(checksums):
         start = number * BLOCK_BYTES
-        zeros = checksum == _ZERO_CHECKSUM and data[start : start + BLOCK_BYTES] == _ZERO_BLOCK
+        zeros = checksum == ZERO_CHECKSUM and data[start : start + BLOCK_BYTES] == ZERO_BLOCK
         if zeros is last:
             block, length = runs[zeros][-1]
             runs[zeros][-1] = (block, length + 1)

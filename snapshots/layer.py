@@ -36,7 +36,7 @@ from snapshots.syscalls import allocate, punch, storage_error, write_all
 
 assert sys.byteorder == "little", "maps are used as they lie in the file"
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REGION_STRIDE_BYTES = BLOCK_BYTES + REGION_BYTES
 UNKNOWN, WARM, WRITABLE = 0, 1, 2
 

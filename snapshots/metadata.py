@@ -31,7 +31,7 @@ from protocol.units import SNAPSHOTS_MAX
 from snapshots.reserve import FULL_DISK, Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "replica.json"
 PENDING_NAME = "replica.pending.json"
 BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
@@ -67,6 +67,7 @@ class Metadata:
     head_id: int = 0  # 0 only between two steps of begin_sync
     clean: bool = True
     complete: bool = True
+    hollow: bool = False  # content was dropped to be filled anew, and that has not ended yet
 
 
 def boot_id() -> str:

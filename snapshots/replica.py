@@ -1,7 +1,7 @@
 """One replica on disk: what the replica daemon calls.
 
 `Replica` adds opening, the layer tree and background work to the data path (datapath.py) and the
-copying of layers (copying.py); files and flushes are in store.py.
+copying of layers (copying.py, mending.py); files and flushes are in store.py.
 
 One thread, the event loop's, calls everything, except: `read_into`, `layer_read`
 and `FlushJob.run` may run in another thread.
@@ -22,9 +22,9 @@ from typing import Any
 from protocol.errors import ConflictError, NotFoundError, RequestError, StorageError
 from protocol.units import REGIONS_PER_ZONE
 from snapshots import chain, directory
-from snapshots.copying import Copying
 from snapshots.fold import Folder
 from snapshots.layer import create_layer, layer_path
+from snapshots.mending import Mending
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.recovery import recover
 from snapshots.reserve import Reserve
@@ -34,7 +34,7 @@ from snapshots.zeroed import zeroed_path
 MAINTAIN_BLOCKS = 256  # 1 MiB copied per step: well under the 5 ms a loop turn may take
 
 
-class Replica(Copying):
+class Replica(Mending):
     """See the module text."""
 
     def __init__(self, path: str, file: MetadataFile, metadata: Metadata, lock_fd: int) -> None:
@@ -76,7 +76,9 @@ class Replica(Copying):
             metadata = cls._adopt_pending(path, file) or metadata
             if metadata.head_id == 0:  # stopped in the middle of begin_sync: nothing is here
                 empty = LayerInfo(id=1, slot=1)
-                metadata = replace(metadata, layers=(empty,), head_id=1, complete=False)
+                metadata = replace(
+                    metadata, layers=(empty,), head_id=1, complete=False, hollow=True
+                )
                 directory.make_files(path, metadata)
                 file.write(file.compose(metadata))
             directory.check_layers(path, metadata)

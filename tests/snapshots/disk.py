@@ -95,11 +95,12 @@ class VolatileDisk:
         if path:
             self.durable[path] = read_pages(path)
 
-    def cut_power(self, random: Random) -> None:
-        """Rewrite all files to something a power cut could have left."""
+    def cut_power(self, random: Random, below: str = "") -> None:
+        """Rewrite all files (`below` a directory) to something a power cut could have left."""
         self.boots += 1
         for path in self._files():
-            self._settle(path, random)
+            if path.startswith(below):
+                self._settle(path, random)
 
     def cut_power_keeping(self, kept: Callable[[str, int], bool]) -> None:
         """A power cut where `kept(file name, page number)` says which changed pages survive."""

@@ -13,6 +13,7 @@ import pytest
 from protocol.errors import StateError, StorageError
 from snapshots import store
 from snapshots.replica import Replica
+from tests.snapshots.equalize import tree_of
 from tests.snapshots.model import Model, write
 
 CALLS: list[Callable[[Replica], Any]] = [
@@ -25,7 +26,7 @@ CALLS: list[Callable[[Replica], Any]] = [
     lambda replica: replica.zero(5, 1),
     lambda replica: replica.seal(9, "s9", "", {}),
     lambda replica: replica.revert(1, 9),
-    lambda replica: replica.begin_sync(replica.tree(), 2, "v", "v", 1 << 20),
+    lambda replica: replica.begin_sync(tree_of(replica), 2, "v", "v", 1 << 20),
 ]
 
 

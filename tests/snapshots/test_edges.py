@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol.errors import ConflictError, RequestError, StorageError
+from protocol.checksum import block_checksum
+from protocol.errors import ConflictError, RequestError, StateError, StorageError
 from snapshots import directory
 from snapshots.metadata import MetadataFile
 from snapshots.replica import Replica
 from snapshots.reserve import Reserve
 from snapshots.zeroed import ZeroedMarks
-from tests.snapshots.model import SIZE_BYTES, ZONE, Model
+from tests.snapshots.equalize import tree_of
+from tests.snapshots.model import REGION, SIZE_BYTES, ZONE, Model, fill
 
 
 class Killed(BaseException):
@@ -112,27 +115,63 @@ def test_system_calls_that_fail_are_storage_errors(
 def test_begin_sync_leaves_a_mapped_index_as_long_as_it_is(tmp_path: Path) -> None:
     replica = Model(tmp_path / "replica").replica
     old = replica.index
-    replica.begin_sync(replica.tree(), 1, "v", "v", 2 << 20)
+    replica.begin_sync(tree_of(replica), 1, "v", "v", 2 << 20)
     assert os.fstat(old.fd).st_nlink == 0
     assert os.fstat(old.fd).st_size == len(old.memory)
 
 
-@pytest.mark.parametrize("region", [-1, 10, 1 << 40])
-def test_a_region_that_does_not_exist_is_refused(region: int, tmp_path: Path) -> None:
-    replica = Model(tmp_path / "replica").replica
-    with pytest.raises(RequestError, match="region"):
-        replica.layer_read(1, region, memoryview(bytearray(5 << 20)))
-    with pytest.raises(RequestError, match="region"):
-        replica.layer_write(1, region, memoryview(bytes(4096)), memoryview(b""))
+def incomplete(path: Path) -> Replica:
+    replica = Model(path).replica
+    replica.begin_sync(tree_of(replica), 1, "v", "v", replica.size_bytes)
+    return replica
 
 
-def test_a_region_whose_data_is_not_what_its_entries_name_is_refused(tmp_path: Path) -> None:
-    model = Model(tmp_path / "replica")
-    model.write(0, [1])
-    entries = memoryview(model.replica.head.map_block(0))
+@pytest.mark.parametrize(
+    ("first", "count"), [(-1, 1), (0, 0), (10 * REGION, 1), (1 << 40, 1), (REGION - 1, 2)]
+)
+def test_blocks_that_are_not_of_one_region_are_refused(
+    first: int, count: int, tmp_path: Path
+) -> None:
+    replica = incomplete(tmp_path / "replica")
+    with pytest.raises(RequestError, match="region"):
+        replica.layer_read(1, 0, first, count, memoryview(bytearray(5 << 20)))
+    with pytest.raises(RequestError, match="region"):
+        replica.layer_digests(1, 0, first, count)
+    entries = memoryview(bytes(4 * count)).cast("I")
+    with pytest.raises(RequestError, match="region"):
+        replica.layer_write(1, 0, first, entries, memoryview(b""))
+
+
+def test_data_that_is_not_what_its_entries_name_is_refused(tmp_path: Path) -> None:
+    replica = incomplete(tmp_path / "replica")
+    entries = memoryview(array("I", [block_checksum(fill(1)), 0, 3]))
     for data in (b"", bytes(4095), bytes(8192)):
         with pytest.raises(RequestError, match="bytes of data"):
-            model.replica.layer_write(1, 0, entries, memoryview(data))
-    with pytest.raises(RequestError, match="map entries"):
-        model.replica.layer_write(1, 0, entries[:-4], memoryview(bytes(4096)))
+            replica.layer_write(1, 0, 0, entries, memoryview(data))
+
+
+def test_layers_of_a_complete_replica_are_not_written(tmp_path: Path) -> None:
+    model = Model(tmp_path / "replica")
+    with pytest.raises(StateError, match="incomplete"):
+        model.replica.layer_write(1, 0, 0, memoryview(bytes(4)).cast("I"), memoryview(b""))
+
+
+def test_a_tree_that_cannot_be_made_from_the_own_one_is_refused_and_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    model = Model(tmp_path / "replica")
+    model.write(0, [1])
+    model.seal()
+    model.write(0, [2])
+    stranger = {"name": "x", "created": "", "labels": {}, "removed": False}
+    tree = [{"id": 1, "parent": 0, **stranger}, {"id": 9, "parent": 1, **stranger}]
+    tree += [{"id": 2, "parent": 9, **stranger}]
+    with pytest.raises(StateError, match="filled anew"):
+        model.replica.begin_sync(tree, 2, "v", "v", model.replica.size_bytes)
+    model.check()
+    many = [{"id": n, "parent": n - 1, **stranger} for n in range(1, 257)]
+    with pytest.raises(StateError, match="slots"):
+        model.replica.begin_sync(many, 256, "v", "v", model.replica.size_bytes)
+    model.check()
+    model.reopen()
     model.check()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshots.copying import LAYER_READ_BYTES_MAX
+from protocol.errors import NotFoundError, StateError
 from tests.snapshots.model import REGION, Model
 
 FIRST = REGION - 4
@@ -104,10 +104,26 @@ def test_folding_is_held_while_a_copy_is_made(tmp_path: Path) -> None:
     assert 2 in {layer.id for layer in model.replica.tree()}
 
 
-def test_a_copy_leaves_out_what_the_child_of_a_folded_layer_has(tmp_path: Path) -> None:
+def test_a_logical_layer_is_the_same_after_every_step_of_folding(tmp_path: Path) -> None:
     model = being_folded(tmp_path / "replica", 0)
-    target = memoryview(bytearray(LAYER_READ_BYTES_MAX))
-    used = model.replica.layer_read(2, 0, target)
-    entries = target[:4096].cast("I")
-    assert [bool(entry) for entry in entries[FIRST:REGION]] == [True, False, True, True]
-    assert used == 4096 + 3 * 4096
+    replica = model.replica
+    first, target = FIRST - FIRST % REGION, memoryview(bytearray(REGION * 4100))
+    seen = set()
+    for _ in range(9):
+        used = replica.layer_read(3, 1, first, REGION, target)
+        digests = replica.layer_digests(3, 1, first, REGION)
+        seen.add((bytes(target[:used]), digests, replica.layer_check(3, 1, 0, 4)))
+        replica.maintain(3)
+    assert 2 not in {layer.id for layer in replica.tree()}
+    assert len(seen) == 1
+    entries = target[: 4 * REGION].cast("I")
+    assert [entry > 3 for entry in entries[FIRST % REGION :]] == [True, True, True, True]
+
+
+def test_a_layer_that_is_not_removed_separates_logical_layers(tmp_path: Path) -> None:
+    model = being_folded(tmp_path / "replica", 0)
+    with pytest.raises(StateError, match="lies between"):
+        model.replica.layer_regions(3, 0)
+    with pytest.raises(NotFoundError):
+        model.replica.layer_regions(1, 3)
+    assert model.replica.layer_regions(1, 0) == [(0, 2)]

@@ -13,6 +13,7 @@ import pytest
 from protocol.errors import ConflictError, StateError
 from protocol.units import SNAPSHOTS_MAX
 from snapshots.replica import Replica
+from tests.snapshots.equalize import tree_of
 from tests.snapshots.model import RANGES, REGION, Model, fill, read_blocks
 
 
@@ -146,7 +147,7 @@ def test_sealed_layers_are_dropped_and_reopened_within_the_address_limit(
 
 def test_an_incomplete_replica_refuses_reads_and_stays_incomplete(model: Model) -> None:
     model.write(0, [1])
-    model.replica.begin_sync(model.replica.tree(), 1, "v", "name", 1 << 20)
+    model.replica.begin_sync(tree_of(model.replica), 1, "v", "name", 1 << 20)
     with pytest.raises(StateError, match="incomplete"):
         read_blocks(model.replica, 0, 1)
     model.replica.close()

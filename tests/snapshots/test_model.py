@@ -7,6 +7,7 @@ and the extents must be those of the model.
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,9 +16,8 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from snapshots.copying import LAYER_READ_BYTES_MAX
-from snapshots.metadata import LayerInfo
 from snapshots.replica import Replica
+from tests.snapshots.equalize import Sync
 from tests.snapshots.model import BLOCK_COUNT, RANGES, SIZE_BYTES, Model, compare
 
 ranges = st.sampled_from(RANGES).flatmap(
@@ -110,17 +110,9 @@ class Histories(RuleBasedStateMachine):
 def copy_and_compare(model: Model, path: Path) -> None:
     """A second replica filled region by region holds the same volume and snapshots."""
     shutil.rmtree(path, ignore_errors=True)
-    Replica.create(path, size_bytes=1 << 20, replica_uuid="other")
+    Replica.create(path, size_bytes=random.choice((1 << 20, SIZE_BYTES)), replica_uuid="other")
     target = Replica.open(path)
-    source = model.replica
-    tree: list[LayerInfo] = source.tree()
-    target.begin_sync(tree, source.metadata.head_id, "v", "name", SIZE_BYTES)
-    buffer = memoryview(bytearray(LAYER_READ_BYTES_MAX))
-    for layer in tree:
-        for region in source.layer_regions(layer.id):
-            used = source.layer_read(layer.id, region, buffer)
-            target.layer_write(layer.id, region, buffer[:4096], buffer[4096:used])
-    target.end_sync()
+    Sync(model.replica, target, 0).run()
     compare(target, model.live)
     for layer_id, content in model.snapshots.items():
         compare(target, content, layer_id)

@@ -48,15 +48,15 @@ def test_every_flipped_byte_of_replica_json_is_refused(path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_by_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 3)
     metadata = MetadataFile(os.fspath(path))
     text = metadata.path
-    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 1)
-    content = metadata.read()
     monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 2)
+    content = metadata.read()
+    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 3)
     Path(text).write_bytes(metadata_module.encode(content, 9))
-    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 1)
-    with pytest.raises(StorageError, match="format version 2"):
+    monkeypatch.setattr(metadata_module, "FORMAT_VERSION", 2)
+    with pytest.raises(StorageError, match="format version 3"):
         Replica.open(path)
 
 

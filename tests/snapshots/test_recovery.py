@@ -19,7 +19,18 @@ from snapshots import syscalls
 from snapshots.layer import LayerFile
 from snapshots.replica import Replica
 from tests.snapshots.disk import VolatileDisk
-from tests.snapshots.model import BLOCK_COUNT, REGION, ZERO, ZONE, Model, fill, kill, read_blocks
+from tests.snapshots.equalize import tree_of
+from tests.snapshots.model import (
+    BLOCK_COUNT,
+    REGION,
+    SIZE_BYTES,
+    ZERO,
+    ZONE,
+    Model,
+    fill,
+    kill,
+    read_blocks,
+)
 from tests.snapshots.model import write as write_numbers
 
 BLOCK = 5
@@ -396,22 +407,30 @@ def check_old_or_new(path: Path, after: list[int], calls: int) -> None:
 
 
 @pytest.mark.parametrize("step", range(40))
+@pytest.mark.parametrize(
+    ("size_bytes", "fresh"), [(2 << 20, False), (SIZE_BYTES, True), (SIZE_BYTES, False)]
+)
 def test_begin_sync_killed_anywhere_opens_as_incomplete_or_untouched(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size_bytes: int, fresh: bool, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer = Killer(monkeypatch)
     replica = base(tmp_path / "replica")
-    tree = replica.tree()
+    tree = tree_of(replica)
     killer.calls_left = step
     with contextlib.suppress(Killed):
-        replica.begin_sync(tree, 2, "v", "name", 2 << 20)
+        replica.begin_sync(tree, 2, "v", "name", size_bytes, fresh=fresh)
     killer.calls_left = -1
     kill(replica)
     replica = Replica.open(tmp_path / "replica")
     if replica.complete:
         assert read_blocks(replica, BASE, 8) == [fill(number) for number in LIVE]
     else:
-        replica.begin_sync(tree, 2, "v", "name", 2 << 20)
+        _, new = replica.begin_sync(tree, 2, "v", "name", size_bytes, fresh=fresh)
+        for zone in replica.dirty.dirty_zones():
+            replica.index_zone(zone)
         replica.end_sync()
-        assert read_blocks(replica, 0, 4) == [ZERO] * 4
+        if new:
+            assert read_blocks(replica, 0, 4) == [ZERO] * 4
+        else:
+            assert read_blocks(replica, BASE, 8) == [fill(number) for number in LIVE]
     replica.close()
