@@ -8,7 +8,7 @@ A frame is a 40-byte little-endian header and a payload:
     5       1     operation
     6       2     flags
     8       4     length     bytes of the volume the operation is about, or the payload's CRC32C
-    12      8     offset     byte offset in the volume; region number for LAYER_*
+    12      8     offset     byte offset in the volume; a place (`place`) in LAYER_* and MEND
     20      8     sequence   order of the operation; a reply repeats it
     28      4     argument   layer id in requests, errno in REFUSED, how many reads DATA answers
     32      4     payload    bytes that follow the header
@@ -16,9 +16,11 @@ A frame is a 40-byte little-endian header and a payload:
 
 The payload size stands apart from `length` so that a reader frames a message without knowing its
 operation. Blocks travel as one little-endian u32 map entry per 4 KiB block (protocol.checksum),
-then the data; in DATA and LAYER_* payloads only blocks that have data (entry > 3) follow, densely.
-Control payloads are JSON objects. What no map entry protects is covered by a CRC32C in `length`:
-the whole payload of READ, EXTENT_LIST and control messages, the map block of LAYER_*.
+then the data; except in WRITE only blocks that have data (entry > 3) follow, densely. Control
+payloads are JSON objects. What no map entry protects is covered by a CRC32C in `length`: the whole
+payload of READ, EXTENT_LIST, LAYER_DIGESTS and control messages, the map entries of LAYER_DATA,
+LAYER_WRITE and MEND. LAYER_* are about blocks of one region of a logical layer (a layer and what is
+being folded into it, replication/trees.py).
 
 READ asks for several ranges of blocks at once, numbered from `sequence` on: what a client sent in
 one batch. Its payload is the first block of each, then the block count of each, as u32. DATA
@@ -30,8 +32,8 @@ by several DATA and REFUSED, in any order.
 The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
 first in, first out, and the replica applies operations in that order; that order is the total
 order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
-before. FLUSH, EXTENTS, CONTROL and LAYER_* are answered one by one. STABLE has no answer: the FLUSH
-whose sequence is its `offset` has succeeded on every member of configuration `argument`.
+before. FLUSH, EXTENTS, CONTROL, LAYER_* and MEND are answered one by one. STABLE has no answer: the
+FLUSH whose sequence is its `offset` has succeeded on every member of configuration `argument`.
 
 Invariants: payload <= PAYLOAD_BYTES_MAX; a frame with a wrong magic, version, CRC or size ends the
 session. No socket, file or clock here.
@@ -62,11 +64,12 @@ NONCE_BYTES = 32
 # Requests, volume daemon to replica.
 HELLO, PROVE, FENCE = 1, 2, 3
 READ, WRITE, ZERO, FLUSH, EXTENTS, STABLE = 16, 17, 18, 19, 20, 21
-CONTROL, LAYER_READ, LAYER_WRITE = 32, 33, 34
+CONTROL, LAYER_READ, LAYER_WRITE, LAYER_HASH, MEND = 32, 33, 34, 35, 36
 # Answers, replica to volume daemon.
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
 ANSWER, LAYER_DATA, REFUSED = 132, 133, 134
 BUSY = 135  # answers nothing: a flush is running and the replica lives
+LAYER_DIGESTS = 136
 
 ANSWERS = {  # of the requests that are answered one by one
     FLUSH: FLUSHED,
@@ -74,6 +77,8 @@ ANSWERS = {  # of the requests that are answered one by one
     CONTROL: ANSWER,
     LAYER_READ: LAYER_DATA,
     LAYER_WRITE: ANSWER,
+    LAYER_HASH: LAYER_DIGESTS,
+    MEND: ANSWER,
 }
 
 HEADROOM_BYTES = 28  # before the data of each range in DATA: the largest header of an NBD reply
@@ -94,11 +99,12 @@ _unpack = _HEADER_CRC.unpack_from
 _ONE_BLOCK_PAYLOAD = BLOCK_BYTES + 4
 
 # How many bytes of a payload the CRC in `length` covers, by operation.
+_MAP = -1  # the map entries, 4 bytes for each of the `flags` blocks
 _COVERED = [0] * 256
-for _operation in (HELLO, PROVE, FENCE, READ, CONTROL, EXTENT_LIST, ANSWER, REFUSED):
+for _operation in (HELLO, PROVE, FENCE, READ, CONTROL, EXTENT_LIST, ANSWER, REFUSED, LAYER_DIGESTS):
     _COVERED[_operation] = PAYLOAD_BYTES_MAX
-for _operation in (LAYER_DATA, LAYER_WRITE):
-    _COVERED[_operation] = 4 * BLOCKS_PER_REGION
+for _operation in (LAYER_DATA, LAYER_WRITE, MEND):
+    _COVERED[_operation] = _MAP
 
 
 class WireError(PeerError):
@@ -192,9 +198,34 @@ def extents_frame(sequence: int, runs: Sequence[tuple[int, bool]]) -> bytes:
     return covered_frame(EXTENT_LIST, sequence, payload)
 
 
-def map_checksum(payload: memoryview) -> int:
-    """The `length` of a LAYER_DATA or LAYER_WRITE with this payload."""
-    return crc32c(payload[: 4 * BLOCKS_PER_REGION])
+def place(parent_id: int, first_block: int) -> int:
+    """The `offset` of a LAYER_* or MEND; the block count is in `flags`, the layer in `argument`."""
+    return parent_id << 32 | first_block
+
+
+def place_of(flags: int, offset: int, argument: int) -> tuple[int, int, int, int]:
+    """Layer id, id of its logical parent, first block and block count of such a request."""
+    return argument, offset >> 32, offset & 0xFFFFFFFF, flags
+
+
+def map_checksum(payload: memoryview, count: int) -> int:
+    """The `length` of a frame whose payload begins with the map entries of `count` blocks."""
+    return crc32c(payload[: 4 * count])
+
+
+def map_frame(
+    operation: int, sequence: int, payload: memoryview, count: int, *, offset: int, argument: int
+) -> bytes:
+    """The header of a LAYER_DATA, LAYER_WRITE or MEND about `count` blocks."""
+    return frame(
+        operation,
+        sequence,
+        flags=count,
+        length=map_checksum(payload, count),
+        offset=offset,
+        argument=argument,
+        payload_bytes=len(payload),
+    )
 
 
 def json_frame(
@@ -249,6 +280,8 @@ def parse(
             break
         payload = view[start + HEADER_BYTES : stop] if size else None
         covered = _COVERED[operation]
+        if covered == _MAP:
+            covered = 4 * flags
         if covered and payload is not None and crc32c(payload[:covered]) != length:
             raise WireError(f"the payload of a frame (operation {operation}) is damaged")
         frames.append((operation, flags, length, offset, sequence, argument, payload))

@@ -36,10 +36,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Member:
-    """One replica as the authority knows it."""
+    """One replica as the authority knows it.
+
+    `out_at`: the configuration in which it ceased to be in sync; 0: it never was. What changed in
+    that configuration or later, and what was not stable then, it may not have.
+    """
 
     state: str
     address: str
+    out_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,10 @@ class Record:
             raise NotFoundError(
                 f"replica {replica_uuid} is no member of volume {self.volume_name} any more"
             )
-        changed = {**self.members, replica_uuid: replace(member, state=state)}
-        return replace(self, members=changed, config_seq=self.config_seq + 1)
+        config_seq = self.config_seq + 1
+        out_at = config_seq if member.state == IN_SYNC else member.out_at
+        changed = {**self.members, replica_uuid: replace(member, state=state, out_at=out_at)}
+        return replace(self, members=changed, config_seq=config_seq)
 
     def layer_named(self, name: str) -> LayerRecord | None:
         """The snapshot of that name; layers without a name are not found by it."""

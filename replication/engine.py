@@ -22,7 +22,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, StorageError, from_code
@@ -35,6 +35,9 @@ from replication.link import Link, Reply
 from replication.ranges import RangeLocks
 from replication.reading import Client, Reading
 from replication.turns import Turns
+
+if TYPE_CHECKING:
+    from replication.rebuild import Rebuild
 
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
@@ -54,7 +57,7 @@ class Engine(Reading):
         self.pending: deque[tuple[int, Client, Any, bool]] = deque()
         self.flushes: list[_Flush] = []
         self.changes = Turns()
-        self.structure_busy: str | None = None  # a rebuild, which excludes delete and revert
+        self.rebuilds: set[Rebuild] = set()  # under way
         self.on_lost: Callable[[Link, str], None] = lambda link, reason: None
         self.on_members: Callable[[], None] = lambda: None
         self.writes_total = self.zeros_total = self.flushes_total = self.written_bytes = 0
@@ -224,6 +227,7 @@ class Engine(Reading):
         operation: int,
         reply: Reply,
         *,
+        flags: int = 0,
         offset: int = 0,
         length: int = 0,
         argument: int = 0,
@@ -243,6 +247,7 @@ class Engine(Reading):
             wire.frame(
                 operation,
                 self.sequence,
+                flags=flags,
                 length=length,
                 offset=offset,
                 argument=argument,

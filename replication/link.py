@@ -8,12 +8,15 @@ back gets a new one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
 from protocol.errors import BlockdError
 from protocol.streams import Outbox
 from replication.authority import OUT
+
+if TYPE_CHECKING:
+    from replication.rebuild import Rebuild
 
 Reply = Callable[[int, memoryview | None, BlockdError | None], None]
 """argument of the answer, its payload, or the error in place of both"""
@@ -74,7 +77,7 @@ class Link:
         "read_now",
         "reads",
         "reads_total",
-        "rebuild_fraction",
+        "rebuild",
         "refused",
         "replica_uuid",
         "state",
@@ -97,7 +100,7 @@ class Link:
         self.reads: dict[int, Reads] = {}
         self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
         self.progress_at = 0.0
-        self.rebuild_fraction: float | None = None
+        self.rebuild: Rebuild | None = None
         self.reads_total = 0
         self.errors = 0
 

@@ -9,8 +9,10 @@ OUT: without it every request fails with EIO until it is back.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, StateError
 from replication.authority import IN_SYNC, OUT, SYNCING, Record
 
@@ -25,13 +27,14 @@ def fail(engine: Engine, link: Link, reason: str) -> None:
         return
     link.connected = False
     link.failure = reason
-    link.rebuild_fraction = None
     engine.set_readers([reader for reader in engine.readers if reader is not link])
     engine.on_lost(link, reason)
     reads, link.reads = link.reads, {}
     for asked in reads.values():
         engine.send_reads(asked)
     link.fail_calls(PeerError(f"replica {link.replica_uuid} was lost: {reason}"))
+    if link.rebuild is not None:
+        link.rebuild.abort(f"the replica was lost: {reason}")
     if link not in engine.targets:
         if link.state == SYNCING and not link.leaving:  # lost before its barrier
             put_out(engine, link)
@@ -83,12 +86,45 @@ def put_out(engine: Engine, link: Link) -> None:
             _lose_last(engine)
         else:
             link.state = OUT
-            engine.set_members(
-                [target for target in engine.targets if target is not link],
-                [reader for reader in engine.readers if reader is not link],
-            )
+            tell_config(engine, leave, besides=link)
+
+    def leave() -> None:
+        engine.set_members(
+            [target for target in engine.targets if target is not link],
+            [reader for reader in engine.readers if reader is not link],
+        )
 
     engine.ledger.change(change, done)
+
+
+def tell_config(engine: Engine, done: Callable[[], None], besides: Link | None = None) -> None:
+    """Every target remembers the newest configuration, durably, then `done()`.
+
+    Whoever opens the volume with an older record than that will be refused (rule 11).
+    """
+    waiting = {link for link in engine.targets if link is not besides and link.connected}
+    content = {"do": "config", "config_seq": engine.record.config_seq}
+
+    def told(link: Link) -> None:
+        waiting.discard(link)
+        if not waiting:
+            done()
+
+    if not waiting:
+        done()
+    for link in list(waiting):
+        _tell(engine, link, content, told)
+
+
+def _tell(
+    engine: Engine, link: Link, content: dict[str, Any], told: Callable[[Link], None]
+) -> None:
+    def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+        if error is not None and link.connected:
+            fail(engine, link, f"it could not remember the members: {error}")
+        told(link)
+
+    engine.call(link, wire.CONTROL, reply, content=content)
 
 
 def enter(engine: Engine, link: Link) -> None:

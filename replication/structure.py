@@ -12,8 +12,7 @@ writes queued after it are above. The order of durable steps:
 - revert: the record names the revert as pending, the members do it and flush, the record drops
   the mark. The next open, or the last member coming back (returning.py), finishes a pending one.
 
-One change at a time; a rebuild excludes delete and revert, because they move blocks between layers
-that are being copied.
+One change at a time; a rebuild excludes a revert, which drops a layer that is being copied.
 """
 
 from __future__ import annotations
@@ -163,7 +162,6 @@ class Structure:
 
     def _remove(self, name: str, done: Done) -> None:
         layer = self.find(name)
-        self._refuse_during_rebuild("delete a snapshot")
 
         def change(record: Record) -> Record:
             layers = tuple(
@@ -191,7 +189,7 @@ class Structure:
         targets = list(engine.targets)
         present: set[int] = set()
         left = len(targets)
-        if not targets or engine.structure_busy:
+        if not targets or engine.rebuilds:
             done(None)
             return
 
@@ -271,11 +269,11 @@ class Structure:
         return layer
 
     def _refuse_during_rebuild(self, what: str) -> None:
-        busy = self._engine.structure_busy
-        if busy:
+        if self._engine.rebuilds:
+            names = ", ".join(item.link.replica_uuid for item in self._engine.rebuilds)
             raise StateError(
-                f"cannot {what} of volume {self._engine.record.volume_name} during {busy}; "
-                "wait until it has ended"
+                f"cannot {what} of volume {self._engine.record.volume_name} during the rebuild of "
+                f"replica {names}; wait until it has ended"
             )
 
     @property

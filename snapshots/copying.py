@@ -59,6 +59,7 @@ class Copying(Logical):
             volume_uuid=volume_uuid,
             volume_name=volume_name,
             size_bytes=size_bytes,
+            config_seq=self.dirty.config_seq,
             complete=False,
         )
         if fresh or size_bytes != self.metadata.size_bytes:

@@ -15,7 +15,7 @@ import os
 
 from protocol.errors import ConflictError, RequestError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, check_size
-from snapshots.dirty import dirty_bytes
+from snapshots.dirty import dirty_bytes, header
 from snapshots.index import index_bytes
 from snapshots.layer import check_layer, create_layer, layer_path
 from snapshots.metadata import FILE_NAME, PENDING_NAME, LayerInfo, Metadata, MetadataFile
@@ -88,9 +88,10 @@ def make_files(path: str, metadata: Metadata) -> None:
     remove_layers(path, ())
     block_count = metadata.size_bytes // BLOCK_BYTES
     zone_count = -(-block_count // BLOCKS_PER_ZONE)
-    _make_file(os.path.join(path, "index"), index_bytes(block_count), filled=False)
+    _make_file(os.path.join(path, "index"), index_bytes(block_count), b"")
     # Filled, so that setting a bit can never run out of space.
-    _make_file(os.path.join(path, "dirty.log"), dirty_bytes(zone_count), filled=True)
+    log = header(metadata.config_seq).ljust(dirty_bytes(zone_count), b"\0")
+    _make_file(os.path.join(path, "dirty.log"), len(log), log)
     for layer in metadata.layers:
         name = layer_path(path, layer.id)
         create_layer(name, layer.id, metadata.size_bytes, metadata.replica_uuid)
@@ -99,13 +100,12 @@ def make_files(path: str, metadata: Metadata) -> None:
     sync_directory(path)
 
 
-def _make_file(path: str, length: int, *, filled: bool) -> None:
+def _make_file(path: str, length: int, content: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):  # a thread may have the old one mapped
         os.unlink(path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        if filled:
-            write_all(fd, bytes(length), 0)
+        write_all(fd, content, 0)
         os.ftruncate(fd, length)
         os.fsync(fd)
     finally:

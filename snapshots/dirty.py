@@ -1,6 +1,7 @@
 """The dirty log: which 16 MiB zones a crash may have left inconsistent or unlike other members.
 
-One u64 per zone, little-endian, 512 zones per 4 KiB page:
+A 4 KiB page with the newest member configuration this replica has heard of (magic, config_seq, CRC
+of both; durable before anything relies on it), then one u64 per zone, little-endian, 512 per page:
 
     bits 0..30   stamp: all changes of the zone were made in this member configuration or before
     bit 31       dirty: the zone was changed since it was last known to be the same on all members
@@ -23,9 +24,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from array import array
 from collections.abc import Iterable, Mapping
 
+from protocol.checksum import crc32c
+from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES
 from snapshots.index import open_sized
 from snapshots.syscalls import storage_error
@@ -34,12 +38,20 @@ CLEAN, COOL, HOT = 0, 1, 2
 _DIRTY = 1 << 31
 _STAMP = _DIRTY - 1
 _ZONES_PER_PAGE = BLOCK_BYTES // 8
+_MAGIC = b"blockdDL"
+_HEADER = struct.Struct("<8sQI")  # within one sector: old or new, never torn
 _STATE_OF_BYTE = bytes(COOL if byte & 0x80 else CLEAN for byte in range(256))  # the one of bit 31
 
 
 def dirty_bytes(zone_count: int) -> int:
     """Length of the dirty log: whole pages."""
-    return -(-zone_count // _ZONES_PER_PAGE) * BLOCK_BYTES
+    return (1 - -zone_count // _ZONES_PER_PAGE) * BLOCK_BYTES
+
+
+def header(config_seq: int) -> bytes:
+    """The first page."""
+    content = struct.pack("<8sQ", _MAGIC, config_seq)
+    return (content + struct.pack("<I", crc32c(content))).ljust(BLOCK_BYTES, b"\0")
 
 
 class DirtyLog:
@@ -53,6 +65,12 @@ class DirtyLog:
             content = os.pread(self.fd, dirty_bytes(zone_count), 0)
         except OSError as error:
             raise storage_error("reading", path, error) from error
+        magic, self.config_seq, _ = _HEADER.unpack_from(content)
+        if magic != _MAGIC or content[:BLOCK_BYTES] != header(self.config_seq):
+            raise StorageError(
+                f"{path} has a damaged first page; rebuild this replica from another member"
+            )
+        content = content[BLOCK_BYTES:]
         self._entries = array("Q", content)
         self.zones = bytearray(content[3 : zone_count * 8 : 8].translate(_STATE_OF_BYTE))
         self.hot: list[int] = []  # every HOT zone once
@@ -79,6 +97,15 @@ class DirtyLog:
         """The CRC32C that the index page of a clean zone must have; 0: not known."""
         entry = self._entries[zone]
         return 0 if entry & _DIRTY else entry >> 32
+
+    def note_config(self, config_seq: int) -> None:
+        """Remember a member configuration, durably, unless a newer one is known."""
+        if config_seq > self.config_seq:
+            try:
+                os.pwritev(self.fd, [header(config_seq)], 0, os.RWF_DSYNC)
+            except OSError as error:
+                raise storage_error("writing", self.path, error) from error
+            self.config_seq = config_seq
 
     def mark(self, numbers: Iterable[int]) -> None:
         """Make zones HOT; returns when every bit is durable. On failure no state has changed."""
@@ -138,6 +165,7 @@ class DirtyLog:
         view = memoryview(self._entries).cast("B")
         for page in sorted({zone // _ZONES_PER_PAGE for zone in zones}):
             start = page * BLOCK_BYTES
-            written = os.pwritev(self.fd, [view[start : start + BLOCK_BYTES]], start, flags)
+            content = view[start : start + BLOCK_BYTES]
+            written = os.pwritev(self.fd, [content], start + BLOCK_BYTES, flags)
             if written != BLOCK_BYTES:  # the space exists since creation: short is an error
                 raise OSError(5, f"only {written} of {BLOCK_BYTES} bytes written")

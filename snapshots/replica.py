@@ -127,9 +127,20 @@ class Replica(Mending):
         if epoch > promised:
             self.commit_changes(promised_epoch=epoch)
 
+    @property
+    def config_seq(self) -> int:
+        """The newest member configuration this replica has heard of."""
+        noted: int = self.dirty.config_seq
+        return max(self.metadata.config_seq, noted)
+
     def store_config(self, config_seq: int, config: dict[str, Any]) -> None:
-        """Durably remember the member configuration seen."""
+        """Durably remember the member configuration at the beginning of a session."""
         self.commit_changes(config_seq=config_seq, config=config)
+
+    def note_config(self, config_seq: int) -> None:
+        """Durably remember that there is a newer configuration; quick."""
+        self.check_open()
+        self.dirty.note_config(config_seq)
 
     def bind(self, volume_uuid: str, volume_name: str) -> None:
         """Durably belong to a volume."""

@@ -14,13 +14,12 @@ answers.
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.flushing import as_storage_error
 from blockd.daemons.replica_service import ReplicaService, next_part
 from blockd.loop import Loop
 from protocol import replica as wire
-from protocol.checksum import ZEROS, block_checksums
 from protocol.errors import BlockdError, StorageError
 from protocol.streams import lazy_buffer
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
@@ -58,7 +57,12 @@ class LocalSession:
         if operation == wire.FLUSH:
             self.service.replica.flush()
             return {}
-        return self.service.control(content, self)
+        answers: list[dict[str, Any] | BlockdError] = []
+        self.service.control(content, self, answers.append)
+        (answer,) = answers  # what is asked before the volume is served is answered at once
+        if isinstance(answer, BlockdError):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """Close the directory cleanly."""
@@ -82,6 +86,7 @@ class LocalMember:
             (self._cells[end - BLOCK_BYTES : end],)
             for end in range(wire.CELL_BYTES, len(self._cells) + 1, wire.CELL_BYTES)
         ]
+        self._answers: list[wire.Frame] | None = None  # those of the batch that is running
         self._open = True
 
     def flush(self) -> bool:
@@ -98,6 +103,7 @@ class LocalMember:
 
     def _batch(self, messages: list[Any]) -> list[wire.Frame]:
         answers: list[wire.Frame] = []
+        self._answers = answers
         applied = index = 0
         while index < len(messages):
             head = messages[index]
@@ -122,7 +128,15 @@ class LocalMember:
                 else:
                     content = memoryview(head)[wire.HEADER_BYTES :]
                     self._other(
-                        operation, length, offset, sequence, argument, content, answers, parts
+                        operation,
+                        flags,
+                        length,
+                        offset,
+                        sequence,
+                        argument,
+                        content,
+                        answers,
+                        parts,
                     )
             except BlockdError as error:
                 if operation in (wire.WRITE, wire.ZERO):
@@ -132,6 +146,7 @@ class LocalMember:
             self._service.position = (self._service.epoch, applied)
             answers.append((wire.APPLIED, 0, 0, 0, applied, 0, None))
             self._service.worked()
+        self._answers = None
         return answers
 
     def read_now(self, reads: Reads) -> None:
@@ -209,6 +224,7 @@ class LocalMember:
     def _other(
         self,
         operation: int,
+        flags: int,
         length: int,
         offset: int,
         sequence: int,
@@ -226,43 +242,61 @@ class LocalMember:
         if operation == wire.STABLE:
             self._service.stable(offset, argument)
             return
-        if operation == wire.LAYER_READ:
-            self._layer_read(offset, sequence, argument)
+        later = partial(self._answer_later, operation, length, offset, sequence, argument)
+        copying, place = self._service.copying, wire.place_of(flags, offset, argument)
+        if operation == wire.CONTROL:
+            self._service.control(
+                wire.json_content(content), self, partial(self._controlled, answers, sequence)
+            )
             return
-        payload: bytes | memoryview
+        if operation == wire.LAYER_READ:
+            copying.read(place, later)
+            return
+        if operation == wire.LAYER_HASH:
+            copying.digests(place, later)
+            return
+        payload: bytes | memoryview = b"{}"
+        answer = wire.ANSWERS[operation]
         if operation == wire.EXTENTS:
-            answer = wire.EXTENT_LIST
             runs = self._replica.extents(offset >> 12, length >> 12, argument)
             payload = wire.extents_frame(sequence, runs)[wire.HEADER_BYTES :]
-        elif operation == wire.CONTROL:
-            answer = wire.ANSWER
-            result = self._service.control(wire.json_content(content), self)
-            payload = wire.json_frame(answer, sequence, result)[wire.HEADER_BYTES :]
         elif operation == wire.LAYER_WRITE:
-            answer = wire.ANSWER
-            payload = b"{}"
-            copy = memoryview(parts[0])
-            entries = [entry for entry in copy[:_MAP_BYTES].cast("I") if entry > ZEROS]
-            if block_checksums(copy[_MAP_BYTES:]) != entries:
-                raise StorageError(f"layer {argument} region {offset} does not match its checksums")
-            self._replica.layer_write(argument, offset, copy[:_MAP_BYTES], copy[_MAP_BYTES:])
+            copying.write(place, memoryview(parts[0]))
+        elif operation == wire.MEND:
+            mended = copying.mend(place, memoryview(parts[0]))
+            payload = wire.json_frame(answer, sequence, {"mended": mended})[wire.HEADER_BYTES :]
         else:
             raise AssertionError(f"operation {operation} is not for members")
         answers.append((answer, 0, 0, offset, sequence, 0, memoryview(payload)))
 
-    def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
-        """In a thread: 4 MiB that may not be in memory. The range is held meanwhile."""
-        target = memoryview(bytearray(wire.PAYLOAD_BYTES_MAX))
+    def _controlled(
+        self, answers: list[wire.Frame], sequence: int, answer: dict[str, Any] | BlockdError
+    ) -> None:
+        """The answer to a CONTROL: with its batch if that is still running, else by itself."""
+        if isinstance(answer, BlockdError):
+            frame = _refused(sequence, answer)
+        else:
+            payload = wire.json_frame(wire.ANSWER, sequence, answer)[wire.HEADER_BYTES :]
+            frame = (wire.ANSWER, 0, 0, 0, sequence, 0, memoryview(payload))
+        if answers is self._answers:
+            answers.append(frame)
+        else:
+            self._later(frame)
 
-        def done(used: int, failure: BaseException | None) -> None:
-            if failure is not None:
-                self._later(_refused(sequence, as_storage_error(failure)))
-            else:
-                self._later((wire.LAYER_DATA, 0, 0, region, sequence, 0, target[:used]))
-
-        self._service.loop.in_thread(
-            lambda: self._replica.layer_read(layer_id, region, target), done
-        )
+    def _answer_later(
+        self,
+        operation: int,
+        length: int,
+        offset: int,
+        sequence: int,
+        argument: int,
+        payload: memoryview | None,
+        error: BlockdError | None,
+    ) -> None:
+        if payload is None:
+            self._later(_refused(sequence, error or StorageError("the read failed")))
+        else:
+            self._later((wire.ANSWERS[operation], 0, 0, offset, sequence, argument, payload))
 
     def close(self) -> None:
         """The engine is done with this member: close the directory."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, ControlServer
-from blockd.daemons.replica_service import ReplicaService, describe_layer
+from blockd.daemons.replica_control import describe_layer
+from blockd.daemons.replica_service import ReplicaService
 from blockd.daemons.replica_session import ReplicaSession
 from blockd.loop import READ, Loop
 from protocol.errors import BlockdError, ConflictError, NotFoundError, RequestError

@@ -14,9 +14,12 @@ from typing import Any
 
 from blockd.daemons import process
 from blockd.daemons.flushing import Done, Flushing
+from blockd.daemons.replica_control import Content, ReplicaControl, describe_layer
+from blockd.daemons.replica_control import Done as ControlDone
+from blockd.daemons.replica_copying import ReplicaCopying
 from blockd.loop import Loop
 from protocol import replica as wire
-from protocol.errors import BlockdError, ConflictError, RequestError, StorageError
+from protocol.errors import BlockdError, ConflictError, StorageError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from snapshots.replica import Replica
 
@@ -51,7 +54,8 @@ class ReplicaService:
         self.flushing = Flushing(loop, replica)
         self._maintaining = False
         self._closed = False
-        self._folding_paused_by: set[object] = set()
+        self.controls = ReplicaControl(self)
+        self.copying = ReplicaCopying(self)
 
     # ---- what sessions ask ------------------------------------------------------------------
 
@@ -65,7 +69,7 @@ class ReplicaService:
             "volume_name": metadata.volume_name,
             "size_bytes": metadata.size_bytes,
             "promised_epoch": metadata.promised_epoch,
-            "config_seq": metadata.config_seq,
+            "config_seq": self.replica.config_seq,
             "complete": self.replica.complete,
             "clean_start": self.clean_start,
             "incarnation": self._incarnation,
@@ -90,7 +94,7 @@ class ReplicaService:
         if epoch > metadata.promised_epoch:
             self.replica.promise(epoch)
         config_seq = int(content["config_seq"])
-        if config_seq > metadata.config_seq:
+        if config_seq > self.replica.config_seq:
             self.replica.store_config(config_seq, dict(content["config"]))
         self.epoch = epoch
         self.flushing.new_owner()
@@ -142,7 +146,7 @@ class ReplicaService:
 
     def released(self, user: object) -> None:
         """A session ended: what it had paused goes on."""
-        self._folding_paused_by.discard(user)
+        self.controls.folding_paused_by.discard(user)
 
     def flush(self, done: Done, sequence: int = 0) -> None:
         """Make everything applied so far durable (flushing.py)."""
@@ -167,51 +171,13 @@ class ReplicaService:
         except (BlockdError, OSError) as error:
             process.log(f"replica {self.replica.path} was not closed cleanly: {error}")
 
-    def control(self, content: dict[str, Any], user: object) -> dict[str, Any]:
-        """A CONTROL request of the fenced owner."""
-        replica = self.replica
-        what = content.get("do")
-        if what == "seal":
-            replica.seal(
-                int(content["new_head_id"]),
-                str(content["name"]),
-                str(content["created"]),
-                dict(content["labels"]),
-            )
-        elif what == "remove":
-            replica.remove(int(content["layer_id"]))
-            self.worked()
-        elif what == "revert":
-            replica.revert(int(content["layer_id"]), int(content["new_head_id"]))
-            self.worked()
-        elif what == "tree":
-            return {
-                "layers": [describe_layer(info) for info in replica.tree()],
-                "head_id": replica.metadata.head_id,
-            }
-        elif what == "layer_regions":
-            return {"regions": replica.layer_regions(int(content["layer_id"]))}
-        elif what == "fold":
-            if content["paused"]:
-                self._folding_paused_by.add(user)
-            else:
-                self._folding_paused_by.discard(user)
-                self.worked()
-        elif what == "begin_sync":
-            self.flushing.wait()
-            replica.begin_sync(
-                list(content["layers"]),
-                int(content["head_id"]),
-                str(content["volume_uuid"]),
-                str(content["volume_name"]),
-                int(content["size_bytes"]),
-            )
-        elif what == "end_sync":
-            replica.end_sync()
-            self._refused = ""
-        else:
-            raise RequestError(f"unknown control request {what!r}")
-        return {}
+    def control(self, content: Content, user: object, done: ControlDone) -> None:
+        """A CONTROL request of the fenced owner (replica_control.py)."""
+        self.controls.run(content, user, done)
+
+    def accepted(self) -> None:
+        """The replica was made equal: what it refused before does not count."""
+        self._refused = ""
 
     # ---- background work ------------------------------------------------------------------
 
@@ -227,7 +193,7 @@ class ReplicaService:
         if self._closed:
             return
         replica = self.replica
-        replica.hold_folding = bool(self._folding_paused_by)
+        replica.hold_folding = bool(self.controls.folding_paused_by)
         if self.flushing.running or not replica.complete:
             if self.flushing.running:
                 self.worked()
@@ -241,16 +207,3 @@ class ReplicaService:
             self.flush(lambda error: self.worked() if error is None else None)
         elif more:
             self.worked()
-
-
-def describe_layer(info: Any) -> dict[str, Any]:
-    """A layer as JSON."""
-    return {
-        "id": info.id,
-        "parent": info.parent,
-        "name": info.name,
-        "created": info.created,
-        "labels": dict(info.labels),
-        "removed": info.removed,
-        "allocated_bytes": info.allocated_bytes,
-    }

@@ -17,22 +17,21 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from functools import partial
 from operator import add
 from typing import TYPE_CHECKING, Any
 
-from blockd.daemons.flushing import as_storage_error
 from blockd.daemons.replica_service import READ_BLOCKS_MAX, next_part
 from blockd.daemons.stream import Stream
 from protocol import replica as wire
-from protocol.checksum import ZEROS, block_checksum, block_checksums
+from protocol.checksum import block_checksum, block_checksums
 from protocol.errors import (
     BlockdError,
     PeerError,
-    StateError,
     StorageError,
 )
 from protocol.streams import Inbox, Outbox, lazy_buffer
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
+from protocol.units import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from blockd.daemons.replica import ReplicaDaemon
@@ -341,12 +340,11 @@ class ReplicaSession(Stream):
             elif operation == wire.EXTENTS:
                 self._extents(length, offset, sequence, argument)
             elif operation == wire.CONTROL:
-                answer = self._service.control(wire.json_content(payload), self)
-                self._send(wire.json_frame(wire.ANSWER, sequence, answer))
-            elif operation == wire.LAYER_READ:
-                self._layer_read(offset, sequence, argument)
-            elif operation == wire.LAYER_WRITE:
-                self._layer_write(offset, sequence, argument, payload)
+                self._service.control(
+                    wire.json_content(payload), self, partial(self._controlled, sequence)
+                )
+            elif operation in (wire.LAYER_READ, wire.LAYER_HASH, wire.LAYER_WRITE, wire.MEND):
+                self._copying(frame)
             else:
                 raise wire.WireError(f"unknown operation {operation}")
         except wire.WireError:
@@ -368,50 +366,49 @@ class ReplicaSession(Stream):
         runs = self._replica.extents(offset // BLOCK_BYTES, length // BLOCK_BYTES, layer_id)
         self._send(wire.extents_frame(sequence, runs))
 
-    def _layer_read(self, region: int, sequence: int, layer_id: int) -> None:
-        """In a thread: 4 MiB that may not be in memory. The peer holds the range meanwhile."""
-        buffer = bytearray(wire.HEADER_BYTES + wire.PAYLOAD_BYTES_MAX)
-        target = memoryview(buffer)[wire.HEADER_BYTES :]
+    def _controlled(self, sequence: int, answer: dict[str, Any] | BlockdError) -> None:
+        """The answer to a CONTROL, at once or later."""
+        if self.socket is None:
+            return
+        if isinstance(answer, BlockdError):
+            self._refuse(sequence, answer)
+        else:
+            self._send(wire.json_frame(wire.ANSWER, sequence, answer))
+        self.flush()
 
-        def done(used: int, failure: BaseException | None) -> None:
-            if self.socket is None:
-                return
-            if failure is not None:
-                self._refuse(sequence, as_storage_error(failure))
-            else:
-                wire.pack_into(
-                    buffer,
-                    0,
-                    wire.LAYER_DATA,
-                    sequence,
-                    length=wire.map_checksum(target),
-                    offset=region,
-                    payload_bytes=used,
-                )
-                self._send(memoryview(buffer)[: wire.HEADER_BYTES + used])
-            self.flush()
+    def _copying(self, frame: wire.Frame) -> None:
+        """Blocks of logical layers, for a rebuild (replica_copying.py)."""
+        operation, flags, _, offset, sequence, argument, payload = frame
+        copying, place = self._service.copying, wire.place_of(flags, offset, argument)
+        if operation == wire.LAYER_WRITE:
+            copying.write(place, payload)
+            self._send(wire.json_frame(wire.ANSWER, sequence, {}))
+        elif operation == wire.MEND:
+            mended = copying.mend(place, payload)
+            self._send(wire.json_frame(wire.ANSWER, sequence, {"mended": mended}))
+        elif operation == wire.LAYER_READ:
+            copying.read(place, partial(self._copied, frame, wire.LAYER_DATA))
+        else:
+            copying.digests(place, partial(self._copied, frame, wire.LAYER_DIGESTS))
 
-        self._service.loop.in_thread(
-            lambda: self._replica.layer_read(layer_id, region, target), done
-        )
-
-    def _layer_write(
-        self, region: int, sequence: int, layer_id: int, payload: memoryview | None
+    def _copied(
+        self,
+        asked: wire.Frame,
+        answer: int,
+        payload: memoryview | None,
+        error: BlockdError | None,
     ) -> None:
-        map_bytes = 4 * BLOCKS_PER_REGION
-        if payload is None or len(payload) < map_bytes:
-            raise wire.WireError("a layer region came without its map")
-        if self._replica.complete:
-            raise StateError("layers are only written during a rebuild")
-        entries = payload[:map_bytes].cast("I")
-        expected = [entry for entry in entries if entry > ZEROS]
-        data = payload[map_bytes:]
-        if len(data) != len(expected) * BLOCK_BYTES:
-            raise wire.WireError("a layer region came with another amount of data")
-        if block_checksums(data) != expected:
-            raise StorageError(
-                f"layer {layer_id} region {region}: a block does not match its checksum at the "
-                "source; verify the source replica"
+        if self.socket is None:
+            return
+        _, count, _, offset, sequence, argument, _ = asked
+        if payload is None:
+            self._refuse(sequence, error or StorageError("the read failed"))
+        elif answer == wire.LAYER_DIGESTS:
+            self._send(wire.covered_frame(answer, sequence, bytes(payload)))
+        else:
+            head = wire.map_frame(
+                answer, sequence, payload, count, offset=offset, argument=argument
             )
-        self._replica.layer_write(layer_id, region, payload[:map_bytes], data)
-        self._send(wire.json_frame(wire.ANSWER, sequence, {}))
+            self._send(head)
+            self._send(payload)
+        self.flush()

@@ -34,7 +34,7 @@ from protocol.errors import (
 from protocol.nbd.exports import Export
 from protocol.units import check_name
 from replication import membership
-from replication.authority import IN_SYNC, OUT, SqliteAuthority
+from replication.authority import IN_SYNC, SqliteAuthority
 from replication.engine import Engine
 from replication.ledger import Ledger
 from replication.link import Link
@@ -306,9 +306,9 @@ class VolumeDaemon:
 
     def _drain(self) -> None:
         engine = self.engine
-        if engine.pending or engine.locks.held or self.structure.busy or engine.structure_busy:
-            if self.engine.structure_busy:
-                self._abort_rebuilds()
+        if engine.pending or engine.locks.held or self.structure.busy or engine.rebuilds:
+            for rebuild in list(engine.rebuilds):
+                rebuild.abort("the volume daemon stops")
             self.send_everything()
             self.loop.later(0.02, self._drain)
             return
@@ -316,11 +316,6 @@ class VolumeDaemon:
             connection.close("the volume daemon stops")
         self.engine.flush_then(self._flushed)
         self.send_to_members()
-
-    def _abort_rebuilds(self) -> None:
-        for link in list(self.engine.targets):
-            if link.state not in (IN_SYNC, OUT):
-                self.engine.fail(link, "the volume daemon stops")
 
     def _flushed(self, error: BlockdError | None) -> None:
         if error is not None:

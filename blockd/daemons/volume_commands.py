@@ -250,7 +250,7 @@ def _member(replica_uuid: str, member: Member, link: Link | None) -> dict[str, A
         "state": member.state,
         "connected": link.connected,
         "failure": link.failure,
-        "rebuild_fraction": link.rebuild_fraction,
+        "rebuild": link.rebuild.progress() if link.rebuild is not None else None,
         "reads": link.reads_total,
         "errors": link.errors,
     }

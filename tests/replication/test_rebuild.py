@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protocol.errors import ConflictError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, REGION_BYTES
 from replication.authority import IN_SYNC, OUT, SYNCING
-from replication.rebuild import WINDOW, parents_first
+from replication.copyjobs import WINDOW
 from tests.replication.world import VOLUME, World
 
 BLOCK = b"\x66" * BLOCK_BYTES
@@ -119,7 +119,7 @@ def test_a_target_that_dies_is_out_and_requests_go_on(seed: int) -> None:
     assert world.state("r1") == OUT
     assert all(request.error == 0 for request in world.requests)
     world.check_members()
-    assert world.engine.structure_busy is None
+    assert not world.engine.rebuilds
     assert world.reconnect("r1")
     again = world.rebuild("r1")
     world.settle()
@@ -257,7 +257,7 @@ def test_a_target_that_refuses_a_step_is_out(what: str) -> None:
     world.check_members()
 
 
-def refuse(layer_id: int, region: int, payload: memoryview) -> None:
+def refuse(*arguments: object) -> None:
     raise StorageError("no", errno=errno.ENOSPC)
 
 
@@ -310,7 +310,7 @@ def test_a_write_to_a_region_waits_while_it_is_copied_and_others_do_not() -> Non
     world.check_members()
 
 
-@pytest.mark.parametrize("state", ["in sync", "not connected", "busy", "no source"])
+@pytest.mark.parametrize("state", ["in sync", "not connected", "no source"])
 def test_a_rebuild_that_cannot_start_says_why(state: str) -> None:
     world = degraded(members=3)
     if state == "in sync":
@@ -319,8 +319,6 @@ def test_a_rebuild_that_cannot_start_says_why(state: str) -> None:
         return
     if state == "not connected":
         world.lose("r2")
-    elif state == "busy":
-        world.engine.structure_busy = "something else"
     else:
         world.lose("r0")
         world.lose("r1")
@@ -372,7 +370,7 @@ def test_sources_that_have_folded_differently_still_give_a_whole_copy() -> None:
     half.layers[1].blocks = {}
     world.reconnect("r2")
     outcome = world.rebuild("r2")
-    world.settle_until(lambda: bool(world.link("r2").rebuild_fraction))
+    world.settle_until(lambda: world.replicas["r2"].copied > 0)
     world.lose("r0")
     world.settle()
     if outcome == [None]:
@@ -415,7 +413,7 @@ def test_a_source_that_answers_nonsense_does_not_leave_the_rebuild_hanging() -> 
 
     def nonsense(content: dict[str, object]) -> dict[str, object]:
         if content["do"] == "layer_regions":
-            return {"regions": [1, 2], "x": float("nan")}
+            return {"regions": [[1, 2]], "next": None, "x": float("nan")}
         return control(content)
 
     source._control = nonsense  # type: ignore[method-assign,assignment]
@@ -438,14 +436,175 @@ def test_a_source_that_answers_nonsense_does_not_leave_the_rebuild_hanging() -> 
     finally:
         wire.json_content = original
     assert outcome
-    assert world.engine.structure_busy is None
+    assert not world.engine.rebuilds
 
 
-def test_parents_are_copied_before_their_children() -> None:
-    tree = [
-        {"id": 5, "parent": 2},
-        {"id": 2, "parent": 7},
-        {"id": 7, "parent": 0},
-        {"id": 1, "parent": 7},
-    ]
-    assert parents_first(tree) == [7, 1, 2, 5]
+# ---- what changed while it was away -------------------------------------------------------------
+
+
+def away(seed: int = 0, members: int = 2) -> World:
+    """A world whose members were equal; then the last one was lost."""
+    world = World(members, 6 * REGION_BYTES, seed)
+    for region in range(6):
+        world.write(region * REGION_BYTES, world.random.randbytes(4 * BLOCK_BYTES))
+    world.flush()
+    world.settle()
+    world.lose(f"r{members - 1}")
+    world.settle()
+    return world
+
+
+def rebuilt(world: World, uuid: str = "r1") -> int:
+    """Rebuild a member; how many blocks were copied to it."""
+    assert world.reconnect(uuid)
+    before = world.replicas[uuid].copied
+    outcome = world.rebuild(uuid)
+    world.settle()
+    assert outcome == [None]
+    world.check_members()
+    return world.replicas[uuid].copied - before
+
+
+def test_a_member_that_missed_nothing_gets_nothing() -> None:
+    world = away()
+    assert rebuilt(world) == 0
+
+
+def test_a_member_gets_what_changed_while_it_was_away_and_nothing_else() -> None:
+    world = away()
+    world.write(2 * REGION_BYTES + BLOCK_BYTES, world.random.randbytes(BLOCK_BYTES))
+    world.zero(5 * REGION_BYTES, 2 * BLOCK_BYTES)
+    world.settle()
+    assert rebuilt(world) == 3
+
+
+@pytest.mark.parametrize("flushes", [0, 1, 3])
+def test_what_changed_is_known_after_it_became_stable_on_the_others(flushes: int) -> None:
+    world = away(members=3)
+    world.write(0, world.random.randbytes(BLOCK_BYTES))
+    world.settle()
+    for _ in range(flushes):
+        world.flush()
+        world.settle()
+    assert (world.replicas["r0"].dirty == {}) is (flushes > 0)
+    assert rebuilt(world, "r2") == 1
+
+
+def test_changes_only_the_lost_member_has_are_undone() -> None:
+    world = away()
+    lost = world.replicas["r1"]
+    lost.layers[1].blocks[3 * 1024] = b"\x01" * BLOCK_BYTES
+    lost.touch([3 * 1024])
+    assert rebuilt(world) == 1
+
+
+def test_a_member_lost_twice_gets_what_changed_since_the_first_time() -> None:
+    world = away()
+    world.write(0, world.random.randbytes(BLOCK_BYTES))
+    world.flush()
+    world.settle()
+    assert world.reconnect("r1")
+    world.rebuild("r1")
+    world.settle_until(lambda: world.link("r1") in world.engine.targets)
+    world.lose("r1")
+    world.write(REGION_BYTES, world.random.randbytes(BLOCK_BYTES))
+    world.flush()
+    world.settle()
+    assert rebuilt(world) == 2
+
+
+def test_a_member_rebuilt_from_another_knows_what_a_third_one_missed() -> None:
+    world = away(members=3)  # r2 is away
+    world.lose("r1")
+    world.settle()
+    world.write(0, world.random.randbytes(BLOCK_BYTES))
+    world.zero(4 * REGION_BYTES, BLOCK_BYTES)
+    world.flush()
+    world.settle()
+    rebuilt(world, "r1")
+    world.lose("r0")
+    world.settle()
+    assert rebuilt(world, "r2") == 2  # from r1, which was away itself
+
+
+def test_a_member_that_holds_another_tree_is_filled_anew() -> None:
+    world = degraded(layers=2)
+    target = world.replicas["r1"]
+    target._do_seal({"new_head_id": 3, "name": "strange"})
+    target.layers[3].parent = 0
+    outcome = world.rebuild("r1")
+    world.settle()
+    assert outcome == [None]
+    assert target.controls[-1] != []
+    assert [c["fresh"] for c in target.controls if c["do"] == "begin_sync"][-1]
+    world.check_members()
+
+
+def test_members_that_differ_after_the_copy_are_not_promoted() -> None:
+    world = away()
+    target = world.replicas["r1"]
+    world.write(0, world.random.randbytes(BLOCK_BYTES))
+    world.settle()
+    assert world.reconnect("r1")
+    target._layer_write = lambda *arguments: None  # type: ignore[method-assign]
+    outcome = world.rebuild("r1")
+    world.settle()
+    assert isinstance(outcome[0], StateError)
+    assert world.state("r1") == OUT
+    assert not target.complete
+
+
+def test_two_members_are_rebuilt_at_the_same_time() -> None:
+    world = away(members=4)
+    world.lose("r2")
+    world.settle()
+    for region in range(6):
+        world.write(region * REGION_BYTES, world.random.randbytes(BLOCK_BYTES))
+    world.settle()
+    outcomes = []
+    for uuid in ("r2", "r3"):
+        assert world.reconnect(uuid)
+        outcomes.append(world.rebuild(uuid))
+    world.settle_until(lambda: len(world.engine.rebuilds) == 2)
+    for _ in range(30):
+        random_change(world)
+        world.steps(10)
+    world.settle(chaotic=True)
+    assert outcomes == [[None], [None]]
+    assert not world.replicas["r0"].paused
+    world.check_members()
+
+
+def test_sources_take_turns() -> None:
+    world = degraded(members=3)
+    read: dict[str, int] = {}
+    for uuid in ("r0", "r1"):
+        copying = world.replicas[uuid].copying
+
+        def counted(frame, uuid=uuid, copying=copying):  # type: ignore[no-untyped-def]
+            read[uuid] = read.get(uuid, 0) + 1
+            return copying(frame)
+
+        world.replicas[uuid].copying = counted  # type: ignore[method-assign]
+    world.rebuild("r2")
+    world.settle()
+    assert min(read.values()) > max(read.values()) // 3
+
+
+def test_members_hear_of_every_configuration_before_a_write_is_answered() -> None:
+    world = World(3, SIZE_BYTES)
+    world.pipes["r2"].stalled = True
+    write = world.write(0, BLOCK)
+    world.settle()
+    world.lose("r2")
+    for uuid in ("r0", "r1"):
+        world.pipes[uuid].muted = True
+    world.settle()
+    assert world.state("r2") == OUT
+    assert not write.answered  # they have not said that they know
+    for uuid in ("r0", "r1"):
+        world.pipes[uuid].muted = False
+    world.settle()
+    assert write.error == 0
+    seq = world.authority.records[VOLUME].config_seq
+    assert [world.replicas[uuid].config_seq for uuid in ("r0", "r1")] == [seq, seq]

@@ -11,24 +11,21 @@ the parent).
 
 from __future__ import annotations
 
-import errno
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from protocol import replica as wire
-from protocol.checksum import ABSENT, ZEROS, block_checksums
+from protocol.checksum import ZEROS, block_checksums
 from protocol.errors import (
     BlockdError,
-    ConflictError,
     NotFoundError,
     RequestError,
     StateError,
     StorageError,
 )
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, PIECE_BYTES_MAX
+from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
+from tests.replication.virtual_layers import VirtualLayers
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 ANSWERS = {wire.READ: ("read", wire.DATA), wire.EXTENTS: ("extents", wire.EXTENT_LIST)}
@@ -36,44 +33,26 @@ Fault = Callable[[int, int, int], int]
 """(operation, offset, length) of a WRITE, ZERO or READ to an errno, 0 = go on"""
 
 
-@dataclass
-class Layer:
-    """One layer and its place in the tree."""
-
-    parent: int
-    name: str = ""
-    removed: bool = False
-    blocks: dict[int, bytes | None] = field(default_factory=dict)
-
-
 def no_fault(operation: int, offset: int, length: int) -> int:
     """Nothing goes wrong."""
     return 0
 
 
-class VirtualReplica:
+class VirtualReplica(VirtualLayers):
     """One copy of a volume. Sessions come and go (`attach`); the content stays."""
 
     def __init__(self, replica_uuid: str, size_bytes: int) -> None:
         self.replica_uuid = replica_uuid
         self.size_bytes = size_bytes
-        self.layers: dict[int, Layer] = {1: Layer(0)}
-        self.head_id = 1
-        self.complete = True
+        super().__init__()
         self.applied = 0
         self.durable = 0
-        self.stable = 0  # the order up to here is durable on all members, the owner said
         self.flushed: dict[int, int] = {}
-        self.order: list[int] = []
-        self.controls: list[dict[str, Any]] = []
         self.violations: list[str] = []
         self.fault: Fault = no_fault
-        self.refuse_control: dict[str, BlockdError] = {}
-        self.refuse_layer_read: set[tuple[int, int]] = set()
         self.nonsense: dict[str, bytes] = {}  # operation or control word: payload of its answer
         self.flush_fails = False
         self.corrupt: set[int] = set()
-        self.paused = False
         self.defers = False
         self.deferred: list[Callable[[], bytes]] = []
         self.reads = 0
@@ -173,6 +152,7 @@ class VirtualReplica:
             return self._refuse(sequence, StorageError("no", errno=code))
         count = length // BLOCK_BYTES
         first = offset // BLOCK_BYTES
+        self.touch(range(first, first + count))
         head = self.layers[self.head_id].blocks
         if operation == wire.ZERO:
             for number in range(first, first + count):
@@ -205,18 +185,15 @@ class VirtualReplica:
             if operation == wire.STABLE:
                 if offset not in self.flushed:
                     return self._violation(f"STABLE of a flush that was not done: {offset}")
-                self.stable = self.flushed[offset]
+                self.note_stable(self.flushed[offset], argument)
                 return b""
             if operation == wire.EXTENTS:
                 return self._extents(sequence, offset, length, argument)
             if operation == wire.CONTROL:
                 answer = self._control(wire.json_content(payload))
                 return wire.json_frame(wire.ANSWER, sequence, answer)
-            if operation == wire.LAYER_READ:
-                return self._layer_read(sequence, argument, offset)
-            if operation == wire.LAYER_WRITE and payload is not None:
-                self._layer_write(argument, offset, payload)
-                return wire.json_frame(wire.ANSWER, sequence, {})
+            if operation in (wire.LAYER_READ, wire.LAYER_HASH, wire.LAYER_WRITE, wire.MEND):
+                return self.copying(frame)
         except BlockdError as error:
             return self._refuse(sequence, error)
         return self._violation(f"operation {operation}")
@@ -295,117 +272,6 @@ class VirtualReplica:
             else:
                 runs.append([1, has_data])
         return wire.extents_frame(sequence, [(count, bool(data)) for count, data in runs])
-
-    # ---- layers ---------------------------------------------------------------------------
-
-    def _control(self, content: dict[str, Any]) -> dict[str, Any]:
-        what = content["do"]
-        if what in self.refuse_control:
-            raise self.refuse_control[what]
-        self.controls.append(content)
-        if what == "seal":
-            new_head = content["new_head_id"]
-            if new_head in self.layers:
-                raise ConflictError(f"layer {new_head} exists")
-            self.layers[self.head_id].name = content["name"]
-            self.layers[new_head] = Layer(self.head_id)
-            self.head_id = new_head
-        elif what == "remove":
-            layer = self._layer(content["layer_id"])
-            layer.removed, layer.name = True, ""
-        elif what == "revert":
-            self._layer(content["layer_id"])
-            del self.layers[self.head_id]
-            self.head_id = content["new_head_id"]
-            self.layers[self.head_id] = Layer(content["layer_id"])
-        elif what == "tree":
-            layers = [
-                {
-                    "id": layer_id,
-                    "parent": layer.parent,
-                    "name": layer.name,
-                    "created": "",
-                    "labels": {},
-                    "removed": layer.removed,
-                }
-                for layer_id, layer in self.layers.items()
-            ]
-            return {"layers": layers, "head_id": self.head_id}
-        elif what == "layer_regions":
-            blocks = self._layer(content["layer_id"]).blocks
-            return {"regions": sorted({number // BLOCKS_PER_REGION for number in blocks})}
-        elif what == "fold":
-            self.paused = content["paused"]
-        elif what == "begin_sync":
-            self.complete = False
-            self.layers = {
-                layer["id"]: Layer(
-                    layer["parent"], layer.get("name", ""), layer.get("removed", False)
-                )
-                for layer in content["layers"]
-            }
-            self.head_id = content["head_id"]
-        elif what == "end_sync":
-            self.complete = True
-            self.durable = self.order[-1] if self.order else 0
-        else:
-            raise RequestError(f"unknown control request {what!r}")
-        return {}
-
-    def fold(self, layer_id: int) -> None:
-        """What background work does with a removed layer that has one child."""
-        assert not self.paused
-        layer = self._layer(layer_id)
-        assert layer.removed
-        (child,) = [other for other in self.layers.values() if other.parent == layer_id]
-        child.blocks = {**layer.blocks, **child.blocks}
-        child.parent = layer.parent
-        del self.layers[layer_id]
-
-    def _layer(self, layer_id: int) -> Layer:
-        if layer_id not in self.layers:
-            raise NotFoundError(f"layer {layer_id} does not exist")
-        return self.layers[layer_id]
-
-    def _layer_read(self, sequence: int, layer_id: int, region: int) -> bytes:
-        if (layer_id, region) in self.refuse_layer_read:
-            raise StorageError("a bad sector", errno=errno.EIO)
-        layer = self._layer(layer_id).blocks
-        entries, data = [], []
-        for number in range(region * BLOCKS_PER_REGION, (region + 1) * BLOCKS_PER_REGION):
-            block = layer.get(number)
-            if block is None:
-                entries.append(ZEROS if number in layer else ABSENT)
-            else:
-                entries += block_checksums(memoryview(block))
-                data.append(block)
-        payload = struct.pack(f"<{BLOCKS_PER_REGION}I", *entries) + b"".join(data)
-        answer = wire.frame(
-            wire.LAYER_DATA,
-            sequence,
-            length=wire.map_checksum(memoryview(payload)),
-            offset=region,
-            payload_bytes=len(payload),
-        )
-        return answer + payload
-
-    def _layer_write(self, layer_id: int, region: int, payload: memoryview) -> None:
-        layer = self._layer(layer_id).blocks
-        if self.complete:
-            raise StateError("layers are only written during a rebuild")
-        entries = struct.unpack_from(f"<{BLOCKS_PER_REGION}I", payload)
-        position = 4 * BLOCKS_PER_REGION
-        for index, entry in enumerate(entries):
-            number = region * BLOCKS_PER_REGION + index
-            layer.pop(number, None)
-            if entry == ZEROS:
-                layer[number] = None
-            elif entry:
-                block = payload[position : position + BLOCK_BYTES]
-                if block_checksums(block) != [entry]:
-                    raise StorageError("a block does not match its checksum at the source")
-                layer[number] = bytes(block)
-                position += BLOCK_BYTES
 
 
 def _payload(blocks: list[bytes | None], corrupt: list[bool]) -> bytes:

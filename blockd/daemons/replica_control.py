@@ -1,0 +1,196 @@
+"""What the fenced owner of a replica can ask for by CONTROL.
+
+Each request is a JSON object whose `do` names a method here; its answer is given to `done`, at once
+or when a thread has ended. Changes of the layer tree and what is asked at a point of the order
+happen before this returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from protocol.errors import BlockdError, RequestError
+
+if TYPE_CHECKING:
+    from blockd.daemons.replica_service import ReplicaService
+
+Content = dict[str, Any]
+Done = Callable[[Content | BlockdError], None]
+
+STAMP_ZONES_PER_ANSWER = 1 << 16  # at most a mebibyte of JSON
+INDEX_SECONDS = 0.002  # of making index pages in one turn of the loop
+
+
+class ReplicaControl:
+    """One method per request."""
+
+    def __init__(self, service: ReplicaService) -> None:
+        self._service = service
+        self._replica = service.replica
+        self.folding_paused_by: set[object] = set()
+
+    def run(self, content: Content, user: object, done: Done) -> None:
+        """Carry out one request of the owner's session `user`."""
+        what = str(content.get("do"))
+        method: Callable[[Content, object, Done], None] | None
+        method = getattr(self, f"_do_{what}", None)
+        if method is None:
+            raise RequestError(f"unknown control request {what!r}")
+        method(content, user, done)
+
+    # ---- the layer tree -------------------------------------------------------------------
+
+    def _do_tree(self, content: Content, user: object, done: Done) -> None:
+        replica = self._replica
+        layers = [describe_layer(info) for info in replica.tree()]
+        done({"layers": layers, "head_id": replica.metadata.head_id})
+
+    def _do_seal(self, content: Content, user: object, done: Done) -> None:
+        self._replica.seal(
+            int(content["new_head_id"]),
+            str(content["name"]),
+            str(content["created"]),
+            dict(content["labels"]),
+        )
+        done({})
+
+    def _do_remove(self, content: Content, user: object, done: Done) -> None:
+        self._replica.remove(int(content["layer_id"]))
+        self._service.worked()
+        done({})
+
+    def _do_revert(self, content: Content, user: object, done: Done) -> None:
+        self._replica.revert(int(content["layer_id"]), int(content["new_head_id"]))
+        self._service.worked()
+        done({})
+
+    def _do_fold(self, content: Content, user: object, done: Done) -> None:
+        if content["paused"]:
+            self.folding_paused_by.add(user)
+        else:
+            self.folding_paused_by.discard(user)
+            self._service.worked()
+        done({})
+
+    # ---- being copied from ----------------------------------------------------------------
+
+    def _do_zones(self, content: Content, user: object, done: Done) -> None:
+        """Which zones a member that was lost at configuration `since` may not have."""
+        done({"zones": runs_of(self._replica.dirty.changed_since(int(content["since"])))})
+
+    def _do_stamps(self, content: Content, user: object, done: Done) -> None:
+        """(first zone, count, stamp) runs from zone `first` on; where the next answer begins."""
+        dirty = self._replica.dirty
+        first, config_seq = int(content["first"]), int(content["config_seq"])
+        stop = min(first + STAMP_ZONES_PER_ANSWER, len(dirty.zones))
+        found: list[list[int]] = []
+        for zone in range(max(0, first), stop):
+            stamp = dirty.stamp(zone, config_seq)
+            if found and found[-1][2] == stamp:
+                found[-1][1] += 1
+            else:
+                found.append([zone, 1, stamp])
+        next_zone = stop if stop < len(dirty.zones) else None
+        done({"stamps": [run for run in found if run[2]], "next": next_zone})
+
+    def _do_layer_regions(self, content: Content, user: object, done: Done) -> None:
+        layer_id, parent_id = int(content["layer_id"]), int(content["parent_id"])
+        found = self._replica.layer_regions(layer_id, parent_id, int(content["first"]))
+        last = sum(found[-1]) if found else None
+        done({"regions": found, "next": last})
+
+    def _do_layer_check(self, content: Content, user: object, done: Done) -> None:
+        layer_id, parent_id = int(content["layer_id"]), int(content["parent_id"])
+        first, count = int(content["first"]), int(content["count"])
+        done({"digest": self._replica.layer_check(layer_id, parent_id, first, count)})
+
+    # ---- becoming equal -------------------------------------------------------------------
+
+    def _do_begin_sync(self, content: Content, user: object, done: Done) -> None:
+        self._service.flushing.wait()
+        zones, new = self._replica.begin_sync(
+            list(content["layers"]),
+            int(content["head_id"]),
+            str(content["volume_uuid"]),
+            str(content["volume_name"]),
+            int(content["size_bytes"]),
+            fresh=bool(content["fresh"]),
+        )
+        done({"zones": runs_of(zones), "new": new})
+
+    def _do_stamp(self, content: Content, user: object, done: Done) -> None:
+        """Take over what `stamps` said elsewhere; durable with `end_sync`."""
+        stamps = {}
+        for first, count, stamp in content["stamps"]:
+            stamps.update(dict.fromkeys(range(int(first), int(first) + int(count)), int(stamp)))
+        if any(not 0 <= zone < len(self._replica.dirty.zones) for zone in stamps):
+            raise RequestError("a stamp for a zone that the volume does not have")
+        self._replica.dirty.raise_stamps(stamps)
+        done({})
+
+    def _do_end_sync(self, content: Content, user: object, done: Done) -> None:
+        """Index every dirty zone, a few per turn of the loop, flush, and be readable."""
+        service, replica, loop = self._service, self._replica, self._service.loop
+        left = replica.dirty.dirty_zones()
+
+        def index() -> None:
+            deadline = loop.now() + INDEX_SECONDS
+            try:
+                while left:
+                    replica.index_zone(left.pop())
+                    if loop.now() > deadline:
+                        loop.post(index)
+                        return
+            except BlockdError as error:
+                done(error)
+                return
+            service.flush(flushed)
+
+        def flushed(error: BlockdError | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                loop.in_thread(replica.sync_tables, synced)
+
+        def synced(result: None, failure: BaseException | None) -> None:
+            if failure is not None and not isinstance(failure, BlockdError):
+                raise failure
+            try:
+                if failure is None:
+                    replica.end_sync()
+                    service.accepted()
+            except BlockdError as error:
+                failure = error
+            done(failure or {})
+
+        index()
+
+    def _do_config(self, content: Content, user: object, done: Done) -> None:
+        """Durably know of a member configuration."""
+        self._replica.note_config(int(content["config_seq"]))
+        done({})
+
+
+def describe_layer(info: Any) -> Content:
+    """A layer as JSON."""
+    return {
+        "id": info.id,
+        "parent": info.parent,
+        "name": info.name,
+        "created": info.created,
+        "labels": dict(info.labels),
+        "removed": info.removed,
+        "allocated_bytes": info.allocated_bytes,
+    }
+
+
+def runs_of(numbers: Iterable[int]) -> list[list[int]]:
+    """[first, count] of each run of ascending numbers."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and sum(found[-1]) == number:
+            found[-1][1] += 1
+        else:
+            found.append([number, 1])
+    return found
