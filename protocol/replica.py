@@ -32,8 +32,11 @@ by several DATA and REFUSED, in any order.
 The order of a session: HELLO and its answer, PROVE, FENCE, then everything else. A link is
 first in, first out, and the replica applies operations in that order; that order is the total
 order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
-before. FLUSH, EXTENTS, CONTROL, LAYER_* and MEND are answered one by one. STABLE has no answer: the
-FLUSH whose sequence is its `offset` has succeeded on every member of configuration `argument`.
+before. FULL says that the change of its sequence and later ones wait for disk space (`argument`:
+errno); until an APPLIED ends that, DONE answers single ZERO that did not wait. The `argument` of
+WRITE and ZERO says how many sequences back all members have applied everything. FLUSH, EXTENTS,
+CONTROL, LAYER_*, MEND and PING are answered one by one. STABLE has no answer: the FLUSH whose
+sequence is its `offset` has succeeded on every member of configuration `argument`.
 
 Invariants: payload <= PAYLOAD_BYTES_MAX; a frame with a wrong magic, version, CRC or size ends the
 session. No socket, file or clock here.
@@ -64,12 +67,14 @@ NONCE_BYTES = 32
 # Requests, volume daemon to replica.
 HELLO, PROVE, FENCE = 1, 2, 3
 READ, WRITE, ZERO, FLUSH, EXTENTS, STABLE = 16, 17, 18, 19, 20, 21
+PING = 22
 CONTROL, LAYER_READ, LAYER_WRITE, LAYER_HASH, MEND = 32, 33, 34, 35, 36
 # Answers, replica to volume daemon.
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
 ANSWER, LAYER_DATA, REFUSED = 132, 133, 134
 BUSY = 135  # answers nothing: a flush is running and the replica lives
 LAYER_DIGESTS = 136
+PONG, FULL, DONE = 137, 138, 139
 
 ANSWERS = {  # of the requests that are answered one by one
     FLUSH: FLUSHED,
@@ -79,6 +84,7 @@ ANSWERS = {  # of the requests that are answered one by one
     LAYER_WRITE: ANSWER,
     LAYER_HASH: LAYER_DIGESTS,
     MEND: ANSWER,
+    PING: PONG,
 }
 
 HEADROOM_BYTES = 28  # before the data of each range in DATA: the largest header of an NBD reply
@@ -147,16 +153,19 @@ def pack_into(
     _U32.pack_into(buffer, position + 36, crc32c(header))
 
 
-def write_header(sequence: int, offset: int, data: memoryview) -> bytes:
-    """Header and map entries of a WRITE; the data follows in a buffer of its own."""
+def write_header(sequence: int, offset: int, data: memoryview, behind: int = 0) -> bytes:
+    """Header and map entries of a WRITE; the data follows in a buffer of its own.
+
+    All members have applied everything up to `sequence - behind`.
+    """
     length = len(data)
     if length == BLOCK_BYTES:
-        header = _pack(MAGIC, VERSION, WRITE, 0, length, offset, sequence, 0, _ONE_BLOCK_PAYLOAD)
+        size = _ONE_BLOCK_PAYLOAD
+        header = _pack(MAGIC, VERSION, WRITE, 0, length, offset, sequence, behind, size)
         return header + _TWO_U32.pack(crc32c(header), block_checksum(data))
     entries = block_checksums(data)
-    head = frame(
-        WRITE, sequence, length=length, offset=offset, payload_bytes=length + 4 * len(entries)
-    )
+    size = length + 4 * len(entries)
+    head = frame(WRITE, sequence, length=length, offset=offset, argument=behind, payload_bytes=size)
     return head + struct.pack(f"<{len(entries)}I", *entries)
 
 

@@ -50,6 +50,17 @@ def check_size(size_bytes: int) -> int:
     return size_bytes
 
 
+def parse_rate(text: str) -> float:
+    """Bytes per second of a rate such as 50M; units are powers of 1024."""
+    match = _SIZE_PATTERN.fullmatch(text.strip().removesuffix("/s"))
+    if match is None or not float(match.group(1)):
+        raise RequestError(
+            f"rate {text!r} is not a number above 0 with a unit K, M, G or T; example: 50M"
+        )
+    number, unit = match.groups()
+    return float(number) * _UNITS[unit.upper()]
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as 10G, 512MiB or 1048576; units are powers of 1024."""
     match = _SIZE_PATTERN.fullmatch(text.strip())

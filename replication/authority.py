@@ -74,6 +74,7 @@ class Record:
     members: Mapping[str, Member]
     epoch: int = 0
     config_seq: int = 0
+    min_in_sync: int = 1  # with fewer members in sync nothing is acknowledged
     layers: tuple[LayerRecord, ...] = ()
     head_id: int = 1
     head_parent: int = 0

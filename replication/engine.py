@@ -32,8 +32,10 @@ from replication.answers import extent_runs
 from replication.authority import IN_SYNC, Record
 from replication.ledger import Ledger
 from replication.link import Link, Reply
+from replication.pace import Latency
 from replication.ranges import RangeLocks
 from replication.reading import Client, Reading
+from replication.room import Room
 from replication.turns import Turns
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
 _MASK = BLOCK_BYTES - 1
+_BEHIND_MAX = 0xFFFFFFFF  # fits the frame; nobody is behind that far
 
 
 class Engine(Reading):
@@ -50,7 +53,7 @@ class Engine(Reading):
     def __init__(self, ledger: Ledger, now: Callable[[], float]) -> None:
         self.ledger = ledger
         self.now = now
-        super().__init__()
+        super().__init__(self)
         self.links: dict[str, Link] = {}
         self.targets: list[Link] = []
         self.locks = RangeLocks()
@@ -58,6 +61,12 @@ class Engine(Reading):
         self.flushes: list[_Flush] = []
         self.changes = Turns()
         self.rebuilds: set[Rebuild] = set()  # under way
+        self.room = Room(self)
+        self.latency = Latency(now)
+        self._sampled = (0, 0.0)  # sequence and beginning of the write that is a sample, or 0
+        self.paused = False  # the disk of a member is full: writes wait in `room`
+        self.suspended = False  # fewer members in sync than the volume wants: nothing is answered
+        self.all_applied = 0  # every target has applied everything up to this sequence
         self.on_lost: Callable[[Link, str], None] = lambda link, reason: None
         self.on_members: Callable[[], None] = lambda: None
         self.writes_total = self.zeros_total = self.flushes_total = self.written_bytes = 0
@@ -73,6 +82,10 @@ class Engine(Reading):
     def write(self, client: Client, cookie: Any, offset: int, data: memoryview, fua: bool) -> None:
         """Write any byte range; answered when every target applied it."""
         length = len(data)
+        if self.paused:
+            kept = memoryview(bytes(data))
+            self.room.wait(lambda: self.write(client, cookie, offset, kept, fua), length)
+            return
         self.writes_total += 1
         self.written_bytes += length
         if (offset | length) & _MASK:
@@ -100,11 +113,14 @@ class Engine(Reading):
             client.done(cookie, errno.EIO)
             return
         self.sequence = sequence = self.sequence + 1
-        head = wire.write_header(sequence, offset, data)
+        behind = min(sequence - self.all_applied, _BEHIND_MAX)
+        head = wire.write_header(sequence, offset, data, behind)
         for queue in self._queues:
             queue.append(head)
             queue.append(data)
         self.pending.append((sequence, client, cookie, fua))
+        if self.latency.wanted and not self._sampled[0]:
+            self._sampled = (sequence, self.now())
 
     def zero(
         self, client: Client, cookie: Any, offset: int, length: int, keep: bool, fua: bool
@@ -136,7 +152,10 @@ class Engine(Reading):
             return
         self.sequence = sequence = self.sequence + 1
         flags = wire.KEEP_ALLOCATED if keep else 0
-        message = wire.frame(wire.ZERO, sequence, length=length, offset=offset, flags=flags)
+        behind = min(sequence - self.all_applied, _BEHIND_MAX)
+        message = wire.frame(
+            wire.ZERO, sequence, length=length, offset=offset, flags=flags, argument=behind
+        )
         for queue in self._queues:
             queue.append(message)
         self.pending.append((sequence, client, cookie, fua))
@@ -204,6 +223,8 @@ class Engine(Reading):
         self._finish_flush(flush)
 
     def _finish_flush(self, flush: _Flush, error: BlockdError | None = None) -> None:
+        if self.suspended and error is None:
+            return  # until there are enough members again
         if flush in self.flushes and (error is not None or not flush.waiting):
             self.flushes.remove(flush)
             if error is None:
@@ -260,7 +281,6 @@ class Engine(Reading):
 
     def received(self, link: Link, frames: list[wire.Frame]) -> None:
         """Handle one batch of frames from a member."""
-        link.progress_at = self.now()
         for operation, _, _, _, sequence, argument, payload in frames:
             if operation == wire.DATA:
                 self.answered(link, sequence, argument, payload)
@@ -268,6 +288,12 @@ class Engine(Reading):
                 if not link.applied <= sequence <= self.sequence:
                     raise wire.WireError(f"applied sequence {sequence} is out of order")
                 link.applied = sequence
+                if self.paused:
+                    self.room.applied(link)
+            elif operation == wire.FULL:
+                self.room.is_full(link, sequence)
+            elif operation == wire.DONE:
+                self.room.done_early(link, sequence)
             elif operation != wire.BUSY:
                 if operation == wire.REFUSED:
                     self._refused(link, sequence, argument, payload)
@@ -321,55 +347,35 @@ class Engine(Reading):
             call[1](0, None, error)
             return
         link.errors += 1
-        link.refused[sequence] = code or errno.EIO
-        if code != errno.ENOSPC:
-            self.fail(link, f"write refused: {content.get('message')}")
+        self.fail(link, f"write refused: {content.get('message')}")
 
     def advance(self) -> None:
-        """Answer every write that all targets answered."""
+        """Answer every write that all targets applied."""
         pending = self.pending
-        if not pending or not self.targets:
+        if not self.targets:
             return
-        applied = min([link.applied for link in self.targets])
-        refusing = any(link.refused for link in self.targets)
+        applied = self.all_applied = min([link.applied for link in self.targets])
+        if self.suspended:
+            return
+        if self._sampled[0] and self._sampled[0] <= applied:
+            began, self._sampled = self._sampled[1], (0, 0.0)
+            self.latency.wanted = False
+            self.latency.sample(began)
         while pending and pending[0][0] <= applied:
-            if refusing and any(pending[0][0] in link.refused for link in self.targets):
-                if not self._settle_refusal():
-                    return
-                continue
-            _, client, cookie, fua = pending.popleft()
-            if fua:
-                self._answer_after_flush(client, cookie)
-            else:
-                client.done(cookie, 0)
+            self.answer(pending.popleft())
+        if self.paused:
+            self.room.answer_early()
+
+    def answer(self, entry: tuple[int, Client, Any, bool]) -> None:
+        """A change was applied by every target."""
+        _, client, cookie, fua = entry
+        if fua:
+            self._answer_after_flush(client, cookie)
+        else:
+            client.done(cookie, 0)
 
     def _answer_after_flush(self, client: Client, cookie: Any) -> None:
         self.flush_then(lambda error: client.done(cookie, error.errno if error else 0))
-
-    def _settle_refusal(self) -> bool:
-        """The oldest write was answered by all, by some with ENOSPC; may we go on?
-
-        A replica applies a write wholly or not at all, so if all members in sync refused it,
-        nothing changed and the client gets the error. Otherwise the refusers are behind. Who did
-        otherwise than the members in sync goes OUT before anybody is answered.
-        """
-        sequence, client, cookie, _ = self.pending[0]
-        if not all(link.connected for link in self.targets):
-            return False  # somebody is on the way out; what it applied does not count then
-        refusers = [link for link in self.targets if sequence in link.refused]
-        in_sync = [link for link in self.targets if link.state == IN_SYNC]
-        if all(link in refusers for link in in_sync):
-            wrong = [link for link in self.targets if link not in refusers]
-        else:
-            wrong = refusers
-        if wrong:
-            for link in wrong:
-                self.fail(link, "it applied what the others had no space for, or the reverse")
-            return False
-        self.pending.popleft()
-        codes = [link.refused.pop(sequence) for link in refusers]
-        client.done(cookie, codes[0])
-        return True
 
     # ---- members --------------------------------------------------------------------------
 
@@ -382,20 +388,27 @@ class Engine(Reading):
         self.targets = targets
         self.set_readers(readers)
         self._queues = [link.queue for link in targets]
+        in_sync = sum(1 for link in targets if link.state == IN_SYNC)
+        self.suspended = 0 < in_sync < self.record.min_in_sync
+        self.lease.members_changed()
         for flush in list(self.flushes):
             flush.waiting.intersection_update(targets)
             self._finish_flush(flush)
         self.advance()
+        self.room.members_changed()
         self.on_members()
 
     def fail_all(self, code: int) -> None:
         """The last copy is gone: answer everything outstanding with `code`."""
-        self.targets, self._queues = [], []
+        self.targets, self._queues, self._sampled = [], [], (0, 0.0)
         self.set_readers([])
         pending = list(self.pending)
         self.pending.clear()
         for _, client, cookie, _ in pending:
             client.done(cookie, code)
+        for reads in self.lease.fail_waiting():
+            for cookie in reads.cookies:
+                reads.client.done(cookie, code)
         for flush in list(self.flushes):
             self._finish_flush(flush, StorageError("the last replica in sync is gone"))
 

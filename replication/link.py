@@ -28,7 +28,7 @@ class Reads:
     `tried` are the members whose answer was no good.
     """
 
-    __slots__ = ("client", "cookies", "counts", "firsts", "layer_id", "tried")
+    __slots__ = ("client", "cookies", "counts", "firsts", "layer_id", "sent_at", "tried")
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Reads:
         self.counts = counts
         self.layer_id = layer_id
         self.tried = tried
+        self.sent_at = 0.0  # if it is a sample of the latency
 
     def part(self, start: int, stop: int) -> Reads:
         """Some of them."""
@@ -57,28 +58,28 @@ class Link:
     """A session with one replica.
 
     `reads` holds what was asked for, by the sequence of the first of those asked together.
-    `applied` is the sequence up to which the replica has answered writes; `refused` holds the
-    errno of those it did not apply.
+    `applied` is the sequence up to which the replica has answered writes.
     """
 
     __slots__ = (
         "address",
         "applied",
         "calls",
+        "confirmed_at",
         "connected",
         "distrusted",
         "errors",
         "failure",
         "hello",
+        "is_local",
         "leaving",
         "outbox",
-        "progress_at",
+        "promoting",
         "queue",
         "read_now",
         "reads",
         "reads_total",
         "rebuild",
-        "refused",
         "replica_uuid",
         "state",
     )
@@ -96,10 +97,11 @@ class Link:
         self.queue = self.outbox.queue  # the hot path appends here
         self.read_now: Callable[[Reads], None] | None = None  # a local member answers at once
         self.applied = 0
-        self.refused: dict[int, int] = {}
+        self.is_local = address.startswith("dir:")  # in this process: it cannot be late
+        self.confirmed_at = float("-inf")  # when the last answered ping was sent
+        self.promoting = False  # the record may call it IN_SYNC already
         self.reads: dict[int, Reads] = {}
         self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
-        self.progress_at = 0.0
         self.rebuild: Rebuild | None = None
         self.reads_total = 0
         self.errors = 0

@@ -7,15 +7,20 @@ missing answer is asked of another one; data is passed on only if every block ma
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from protocol import replica as wire
 from protocol.checksum import crc32c
 from protocol.units import BLOCK_BYTES
 from replication import pieces
 from replication.answers import Chunks, data_chunks, data_entries, single_blocks
+from replication.lease import Lease
 from replication.link import Link, Reads
+from replication.pace import Latency
+
+if TYPE_CHECKING:
+    from replication.engine import Engine
 
 BATCHES_PER_TURN = 64  # a member that stays awake answers sooner than one that is woken each time
 
@@ -42,7 +47,11 @@ class Client(Protocol):
 class Reading:
     """See the module text; base of the engine."""
 
-    def __init__(self) -> None:
+    now: Callable[[], float]
+    latency: Latency
+
+    def __init__(self, engine: Engine) -> None:
+        self.lease = Lease(engine)
         self.sequence = 0
         self.readers: list[Link] = []
         self.reader: Link | None = None  # whose turn it is; None if nobody may be read
@@ -72,6 +81,12 @@ class Reading:
 
     def send_reads(self, reads: Reads) -> None:
         """Queue reads on a member that has not answered them badly; EIO if there is none."""
+        now, lease = self.now(), self.lease
+        if now >= lease.renew_at:
+            if now >= lease.until:
+                lease.wait(reads)
+                return
+            lease.renew()
         link = self.reader
         if link is None or link in reads.tried:
             link = next((reader for reader in self.readers if reader not in reads.tried), None)
@@ -82,6 +97,8 @@ class Reading:
         if link.read_now is not None:
             link.read_now(reads)
             return
+        if self.latency.wanted:
+            reads.sent_at = now
         count = len(reads.cookies)
         for start in range(0, count, wire.READS_MAX):
             part = reads if count <= wire.READS_MAX else reads.part(start, start + wire.READS_MAX)
@@ -113,6 +130,9 @@ class Reading:
     def deliver(self, link: Link, reads: Reads, payload: memoryview) -> None:
         """Hand the data of reads to who asked for them; WireError, before that, if it cannot be."""
         link.reads_total += len(reads.cookies)
+        if reads.sent_at:
+            self.latency.wanted = False
+            self.latency.sample(reads.sent_at)
         cells = single_blocks(payload, reads.counts)
         if cells is not None:
             reads.client.blocks(reads.cookies, cells)

@@ -75,6 +75,7 @@ class Rebuild:
         if not engine.readers:
             raise StateError("no replica in sync is reachable to copy from")
         engine.rebuilds.add(self)
+        engine.latency.rebuilding = True
         link.state = SYNCING
         link.rebuild = self
         engine.ledger.change(
@@ -235,6 +236,7 @@ class Rebuild:
             return
 
         def recorded(error: BlockdError | None) -> None:
+            link.promoting = False
             if error is not None or not link.connected:
                 self._end(error or StateError("the replica was lost"))
                 return
@@ -251,8 +253,10 @@ class Rebuild:
         def flushed(error: BlockdError | None) -> None:
             if error is not None:
                 self._end(error)
-            else:
-                engine.ledger.change(change, recorded)
+                return
+            link.promoting = True
+            engine.lease.members_changed()
+            engine.ledger.change(change, recorded)
 
         engine.flush_then(flushed)
 
@@ -351,5 +355,6 @@ class Rebuild:
         self.engine.rebuilds.discard(self)
         self.link.rebuild = None
         if not self.engine.rebuilds:
+            self.engine.latency.rebuilding = False
             self._pause_folding(False)
         self._done(error)

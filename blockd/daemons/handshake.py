@@ -26,6 +26,8 @@ _HELLO_FIELDS = {
     "head_id": int,
     "layers": list,
     "position": list,
+    "recent": dict,
+    "unbroken": bool,
 }
 TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 

@@ -75,6 +75,7 @@ class LocalMember:
     def __init__(self, daemon: VolumeDaemon, link: Link, session: LocalSession) -> None:
         self.link = link
         link.read_now = self.read_now
+        session.service.changes.new_owner(self)
         self._daemon = daemon
         self._service = session.service
         self._replica = session.service.replica
@@ -104,7 +105,8 @@ class LocalMember:
     def _batch(self, messages: list[Any]) -> list[wire.Frame]:
         answers: list[wire.Frame] = []
         self._answers = answers
-        applied = index = 0
+        applied = behind = index = 0
+        changes = self._service.changes
         while index < len(messages):
             head = messages[index]
             index += 1
@@ -117,14 +119,17 @@ class LocalMember:
                 index += 1
             try:
                 if operation == wire.WRITE:
-                    applied = sequence
                     self._service.writes += 1
                     entries = struct.unpack_from(f"<{length >> 12}I", head, wire.HEADER_BYTES)
-                    self._replica.write(offset >> 12, length >> 12, parts[0], entries)
+                    if changes.write(sequence, offset >> 12, length >> 12, parts[0], entries):
+                        applied, behind = sequence, argument
                 elif operation == wire.ZERO:
-                    applied = sequence
                     keep = bool(flags & wire.KEEP_ALLOCATED)
-                    self._replica.zero(offset >> 12, length >> 12, keep_allocated=keep)
+                    if changes.zero(sequence, offset >> 12, length >> 12, keep):
+                        if changes.parked:
+                            answers.append((wire.DONE, 0, 0, 0, sequence, 0, None))
+                        else:
+                            applied, behind = sequence, argument
                 else:
                     content = memoryview(head)[wire.HEADER_BYTES :]
                     self._other(
@@ -141,9 +146,10 @@ class LocalMember:
             except BlockdError as error:
                 if operation in (wire.WRITE, wire.ZERO):
                     self._service.refused()
+                    applied, behind = sequence, argument
                 answers.append(_refused(sequence, error))
         if applied:
-            self._service.position = (self._service.epoch, applied)
+            changes.applied(applied, behind)
             answers.append((wire.APPLIED, 0, 0, 0, applied, 0, None))
             self._service.worked()
         self._answers = None
@@ -216,6 +222,15 @@ class LocalMember:
 
         self._service.read_cold(reads.firsts[0], reads.counts[0], reads.layer_id, done)
 
+    def full(self, sequence: int, errno: int) -> None:
+        self._service.loop.post(lambda: self._later((wire.FULL, 0, 0, 0, sequence, errno, None)))
+
+    def room(self, sequence: int) -> None:
+        self._later((wire.APPLIED, 0, 0, 0, sequence, 0, None))
+
+    def refused(self, sequence: int, error: BlockdError) -> None:
+        self._later(_refused(sequence, error))
+
     def _later(self, answer: wire.Frame) -> None:
         """Deliver an answer that comes after its batch."""
         self._deliver([answer])
@@ -241,6 +256,9 @@ class LocalMember:
             return
         if operation == wire.STABLE:
             self._service.stable(offset, argument)
+            return
+        if operation == wire.PING:
+            answers.append((wire.PONG, 0, 0, 0, sequence, 0, None))
             return
         later = partial(self._answer_later, operation, length, offset, sequence, argument)
         copying, place = self._service.copying, wire.place_of(flags, offset, argument)

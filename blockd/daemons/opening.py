@@ -1,17 +1,17 @@
-"""Opening a volume: who is in sync, and a new epoch that everybody has promised.
+"""Opening a volume: a new epoch that everybody has promised, and who is in sync then.
 
-Order, and what a death after each step leaves (replication rules 1, 6, 7, 11):
+Order, and what a death after each step leaves (replication rules 1, 4, 6, 7, 11):
 
 1. Load or create the record.                 Nothing changed, or a record of equal blank replicas.
 2. Introduce ourselves to every replica.      Nothing changed.
 3. Swap epoch + 1, clean = false.             The next open takes a higher one.
 4. FENCE every reachable member.              Older owners cannot write any more.
-5. Compare, finish what was half done.        Repeated by the next open.
-6. Swap the members that are not equal OUT.   Now requests may be answered.
+5. Wait for the read lease of an older owner, if a member could not be fenced.
+6. Judge the members (choosing.py), finish what was half done.      Repeated by the next open.
+7. Swap the members that do not stay in sync OUT.                   Now requests may be answered.
 
-After a clean end all IN_SYNC members are equal. After anything else they may differ in writes that
-were under way; they are equal all the same if every replica process lived on and applied the
-same last sequence. Otherwise one of them is the truth and the others are OUT until rebuilt.
+Members that are only a few changes behind stay in sync: those are repeated before anybody is served
+(VolumeDaemon.catch_up). The others are made equal while the volume is in use.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from protocol.errors import (
     StorageError,
 )
 from replication.authority import IN_SYNC, OUT, Authority, Member, Record
+from replication.choosing import Choice, choose
+from replication.lease import TAKEOVER_SECONDS
 from replication.structure import adopt_unrecorded, drop_layers, finish_revert
 
 WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
@@ -45,10 +47,11 @@ AnySession = Session | LocalSession
 
 @dataclass
 class Opened:
-    """The outcome: the record as it is now, and the fenced sessions by replica uuid."""
+    """The outcome: the record as it is now, the fenced sessions, and how the members stand."""
 
     record: Record
     sessions: dict[str, AnySession]
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Wanted:
     addresses: tuple[str, ...]
     key: bytes
     loop: Loop
+    consumer_alive: bool = False  # whoever used the volume still does: never go back in time
+    min_in_sync: int = 1  # of a new volume
 
 
 def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
@@ -70,18 +75,32 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
     volume_uuid = found.volume_uuid if found else wanted.volume_uuid or str(uuid.uuid4())
     sessions = _introduce(wanted, volume_uuid, found, log)
     record = found or _create(authority, wanted, volume_uuid, sessions)
-    _check_members(record, sessions)
+    _check_members(authority, record, sessions)
     was_clean = record.clean
+    unbroken = {name: session.hello["unbroken"] for name, session in sessions.items()}
     record = _with_addresses(record, sessions)
     record = authority.swap(replace(record, epoch=record.epoch + 1, clean=False))
     promised = _fence(record, sessions, log)
-    equal = _equal_members(record, promised, was_clean, log)
-    record = _finish_structure(record, sessions, promised, equal, log)
+    for name, hello in promised.items():
+        hello["unbroken"] = unbroken[name]  # as it was before this fence
+    if not was_clean and not _all_fenced(record, promised):
+        log("a replica cannot be reached: waiting until nobody can read from it any more")
+        wanted.loop.sleep(TAKEOVER_SECONDS)
+    choice = choose(record, promised, was_clean, wanted.consumer_alive)
+    if not was_clean:
+        log(f"volume {record.volume_name} was not closed cleanly: {choice.source} is the source")
+    record = _finish_structure(record, sessions, promised, list(choice.in_sync), log)
     for replica_uuid, member in record.members.items():
-        if member.state != OUT and replica_uuid not in equal:
-            log(f"replica {replica_uuid} is not known to be equal: OUT until rebuilt")
+        if member.state != OUT and replica_uuid not in choice.in_sync:
+            log(f"replica {replica_uuid} is not known to be equal: OUT until it was compared")
             record = record.with_state(replica_uuid, OUT)
-    return Opened(authority.swap(record), sessions)
+    return Opened(authority.swap(record), sessions, choice)
+
+
+def _all_fenced(record: Record, promised: dict[str, dict[str, Any]]) -> bool:
+    """Can an older owner not read from anybody any more?"""
+    members = record.members.items()
+    return all(name in promised for name, member in members if member.state == IN_SYNC)
 
 
 def _introduce(
@@ -151,6 +170,7 @@ def _create(
             volume_uuid=volume_uuid,
             volume_name=wanted.name,
             size_bytes=sizes.pop(),
+            min_in_sync=wanted.min_in_sync,
             members={
                 replica_uuid: Member(IN_SYNC, session.address)
                 for replica_uuid, session in sessions.items()
@@ -159,7 +179,7 @@ def _create(
     )
 
 
-def _check_members(record: Record, sessions: dict[str, AnySession]) -> None:
+def _check_members(authority: Authority, record: Record, sessions: dict[str, AnySession]) -> None:
     for replica_uuid, session in list(sessions.items()):
         hello = session.hello
         if replica_uuid not in record.members:
@@ -174,6 +194,11 @@ def _check_members(record: Record, sessions: dict[str, AnySession]) -> None:
                 "one"
             )
         if hello["config_seq"] > record.config_seq or hello["promised_epoch"] > record.epoch:
+            newest = authority.load(record.volume_uuid)
+            if newest is None or newest.version != record.version:
+                raise ConflictError(
+                    f"volume {record.volume_name} is being opened by another volume daemon"
+                )
             raise ConflictError(
                 f"replica {replica_uuid} has seen epoch {hello['promised_epoch']} and "
                 f"configuration {hello['config_seq']}, the record of volume {record.volume_name} "
@@ -222,34 +247,6 @@ def fence_content(record: Record) -> dict[str, Any]:
         "config_seq": record.config_seq,
         "config": {replica_uuid: member.state for replica_uuid, member in record.members.items()},
     }
-
-
-def _equal_members(
-    record: Record, promised: dict[str, dict[str, Any]], was_clean: bool, log: Log
-) -> list[str]:
-    """The IN_SYNC members that may all be read from now on; at least one."""
-    candidates = [
-        replica_uuid
-        for replica_uuid, member in record.members.items()
-        if member.state == IN_SYNC
-        and replica_uuid in promised
-        and promised[replica_uuid]["complete"]
-    ]
-    if not candidates:
-        raise DegradedError(
-            f"volume {record.volume_name} has no complete replica in sync that can be reached"
-        )
-    if was_clean or len(candidates) == 1:
-        return candidates
-    positions = {
-        uuid: (*promised[uuid]["position"], promised[uuid]["head_id"]) for uuid in candidates
-    }
-    if len(set(positions.values())) == 1 and positions[candidates[0]][0]:
-        return candidates
-    # The process that lived on has what was acknowledged last; among equals any will do.
-    source = max(candidates, key=lambda uuid: positions[uuid])
-    log(f"volume {record.volume_name} was not closed cleanly: replica {source} is the source")
-    return [source]
 
 
 def _finish_structure(

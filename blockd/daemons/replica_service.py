@@ -14,6 +14,7 @@ from typing import Any
 
 from blockd.daemons import process
 from blockd.daemons.flushing import Done, Flushing
+from blockd.daemons.replica_changes import ReplicaChanges
 from blockd.daemons.replica_control import Content, ReplicaControl, describe_layer
 from blockd.daemons.replica_control import Done as ControlDone
 from blockd.daemons.replica_copying import ReplicaCopying
@@ -45,8 +46,9 @@ class ReplicaService:
         self.reads = 0
         self.writes = 0
         self.epoch = 0  # of the newest fenced session
-        self.position = (0, 0)  # epoch and sequence of the last write or zero applied
         self.clean_start = replica.clean_start
+        # No reboot since it was last fenced: nothing that it has applied can have been lost.
+        self.unbroken = replica.metadata.fenced_boot == loop.boot_id()
         replica.shared = True
         self._incarnation = os.urandom(8).hex()
         self._boot_id = loop.boot_id()
@@ -54,6 +56,7 @@ class ReplicaService:
         self.flushing = Flushing(loop, replica)
         self._maintaining = False
         self._closed = False
+        self.changes = ReplicaChanges(self)
         self.controls = ReplicaControl(self)
         self.copying = ReplicaCopying(self)
 
@@ -74,7 +77,9 @@ class ReplicaService:
             "clean_start": self.clean_start,
             "incarnation": self._incarnation,
             "boot_id": self._boot_id,
-            "position": [*self.position, self._refused],
+            "position": [*self.changes.position, self._refused],
+            "recent": self.changes.describe(),
+            "unbroken": self.unbroken,
             "head_id": metadata.head_id,
             "layers": [describe_layer(info) for info in self.replica.tree()],
         }
@@ -92,7 +97,7 @@ class ReplicaService:
         if not metadata.volume_uuid:
             self.replica.bind(str(content["volume_uuid"]), str(content["volume_name"]))
         if epoch > metadata.promised_epoch:
-            self.replica.promise(epoch)
+            self.replica.promise(epoch, self._boot_id)
         config_seq = int(content["config_seq"])
         if config_seq > self.replica.config_seq:
             self.replica.store_config(config_seq, dict(content["config"]))

@@ -49,6 +49,7 @@ class ReplicaSession(Stream):
         self._daemon = daemon
         self._service = daemon.service
         self._replica = daemon.service.replica
+        self._changes = daemon.service.changes
         self._arena = lazy_buffer(ARENA_BYTES)
         self._arena_used = 0
         self._arena_queued = 0
@@ -114,6 +115,8 @@ class ReplicaSession(Stream):
         if self.detach():
             if self.fenced:
                 self._service.flushing.on_busy.remove(self._busy)
+                if self._changes.owner is self:
+                    self._changes.new_owner(None)
             self.fenced = False
             self._daemon.session_closed(self, reason)
 
@@ -191,6 +194,7 @@ class ReplicaSession(Stream):
     def _fence(self, sequence: int, content: dict[str, Any]) -> None:
         self._daemon.fence(self, content)
         self.fenced = True
+        self._changes.new_owner(self)
         self._service.flushing.on_busy.append(self._busy)
         self._send(wire.json_frame(wire.ANSWER, sequence, self._service.describe()))
 
@@ -202,38 +206,55 @@ class ReplicaSession(Stream):
 
     def _batch(self, frames: list[wire.Frame]) -> None:
         """Carry out requests in their order; long batches are answered in parts."""
-        applied = changes = 0
+        applied = changes = behind = 0
         for frame in frames:
             operation, flags, length, offset, sequence, argument, payload = frame
             if operation == wire.WRITE:
-                self._write(length, offset, sequence, payload)
-                applied = sequence
+                if self._write(length, offset, sequence, payload):
+                    applied, behind = sequence, argument
                 changes += 1
             elif operation == wire.READ:
                 self._read(*wire.read_ranges(payload), sequence, argument)
             elif operation == wire.ZERO:
-                self._zero(flags, length, offset, sequence)
-                applied = sequence
+                if self._zero(flags, length, offset, sequence):
+                    applied, behind = sequence, argument
                 changes += 1
             else:
                 if applied:
-                    self._applied(applied)
+                    self._applied(applied, behind)
                     applied = changes = 0
                 self._other(frame)
             if changes == ANSWERS_PER_SEND:
-                self._applied(applied)
+                if applied:
+                    self._applied(applied, behind)
                 self.flush()
                 applied = changes = 0
             if self.socket is None:
                 return
         if applied:
-            self._applied(applied)
+            self._applied(applied, behind)
 
-    def _applied(self, sequence: int) -> None:
+    def _applied(self, sequence: int, behind: int) -> None:
         service = self._service
-        service.position = (service.epoch, sequence)
+        service.changes.applied(sequence, behind)
         self._answer(wire.APPLIED, sequence)
         service.worked()
+
+    # ---- a full disk (replica_changes.Owner) ------------------------------------------------
+
+    def full(self, sequence: int, errno: int) -> None:
+        self._send(wire.frame(wire.FULL, sequence, argument=errno))
+
+    def room(self, sequence: int) -> None:
+        self._answer(wire.APPLIED, sequence)
+        self._service.worked()
+        self.flush()
+
+    def refused(self, sequence: int, error: BlockdError) -> None:
+        self._refuse(sequence, error)
+        self.flush()
+
+    # ---- changes --------------------------------------------------------------------------
 
     def _check_range(self, offset: int, length: int) -> None:
         if (offset | length) & (BLOCK_BYTES - 1) or not length:
@@ -243,7 +264,8 @@ class ReplicaSession(Stream):
                 f"offset {offset} length {length} ends beyond {self._replica.size_bytes} bytes"
             )
 
-    def _write(self, length: int, offset: int, sequence: int, payload: memoryview | None) -> None:
+    def _write(self, length: int, offset: int, sequence: int, payload: memoryview | None) -> bool:
+        """False: it waits for disk space."""
         self._check_range(offset, length)
         count = length // BLOCK_BYTES
         if payload is None or len(payload) != length + 4 * count:
@@ -262,23 +284,28 @@ class ReplicaSession(Stream):
                 raise wire.WireError(f"a block at {offset} of {length} bytes was damaged")
         self._service.writes += 1
         try:
-            self._replica.write(offset // BLOCK_BYTES, count, data, checksums)
+            return self._changes.write(sequence, offset // BLOCK_BYTES, count, data, checksums)
         except BlockdError as error:
             self._service.refused()
             self._refuse(sequence, error)
+            return True
 
-    def _zero(self, flags: int, length: int, offset: int, sequence: int) -> None:
+    def _zero(self, flags: int, length: int, offset: int, sequence: int) -> bool:
+        """False: it waits for disk space, or was done although others wait."""
         self._check_range(offset, length)
         self._service.writes += 1
+        keep = bool(flags & wire.KEEP_ALLOCATED)
+        first, count = offset // BLOCK_BYTES, length // BLOCK_BYTES
         try:
-            self._replica.zero(
-                offset // BLOCK_BYTES,
-                length // BLOCK_BYTES,
-                keep_allocated=bool(flags & wire.KEEP_ALLOCATED),
-            )
+            done = self._changes.zero(sequence, first, count, keep)
         except BlockdError as error:
             self._service.refused()
             self._refuse(sequence, error)
+            return True
+        if done and self._changes.parked:
+            self._send(wire.frame(wire.DONE, sequence))
+            return False
+        return done
 
     def _read(self, firsts: list[int], counts: list[int], sequence: int, layer_id: int) -> None:
         """Answer the ranges of one READ in parts, those that are not in memory from a thread."""
@@ -337,6 +364,8 @@ class ReplicaSession(Stream):
                 self._service.flush(lambda error: self._flushed(sequence, error), sequence)
             elif operation == wire.STABLE:
                 self._service.stable(offset, argument)
+            elif operation == wire.PING:
+                self._answer(wire.PONG, sequence)
             elif operation == wire.EXTENTS:
                 self._extents(length, offset, sequence, argument)
             elif operation == wire.CONTROL:

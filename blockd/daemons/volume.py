@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockd.daemons import opening, process
 from blockd.daemons.control import ControlServer
-from blockd.daemons.handshake import Session
-from blockd.daemons.local_member import LocalMember, LocalSession
-from blockd.daemons.member_socket import MemberSocket
+from blockd.daemons.members import Members
 from blockd.daemons.nbd_server import NbdConnection, NbdServer
 from blockd.daemons.volume_commands import VolumeCommands
 from blockd.loop import Loop
@@ -32,18 +30,16 @@ from protocol.errors import (
     StateError,
 )
 from protocol.nbd.exports import Export
-from protocol.units import check_name
-from replication import membership
-from replication.authority import IN_SYNC, SqliteAuthority
+from protocol.units import REPLICAS_MAX, check_name, parse_rate
+from replication.authority import SqliteAuthority
+from replication.catchup import CatchUp
+from replication.choosing import Choice
 from replication.engine import Engine
 from replication.ledger import Ledger
-from replication.link import Link
-from replication.returning import come_back
+from replication.room import WAITING_BYTES_MAX
 from replication.structure import Structure
+from replication.watch import ANSWER_SECONDS_MAX
 
-TICK_SECONDS = 1.0  # how often silence is noticed and lost members are tried again
-SILENCE_SECONDS_MAX = 20.0  # a member that owes answers this long is OUT; above a slow disk's flush
-RECONNECTS_MAX = 2  # at a time: a host that hangs holds a worker thread for seconds
 STOP_SECONDS_MAX = 15.0  # for the last answers and the last flush
 CONGESTION_BYTES = 16 << 20  # unsent bytes of one member after which clients are not read
 FENCED_EXIT_CODE = ConflictError.exit_code
@@ -67,21 +63,17 @@ class VolumeDaemon:
         self.congested = False
         self.exit_code = 0
         self.started = process.timestamp()
-        self._sockets: dict[Link, MemberSocket | LocalMember] = {}
-        self._boot_ids: dict[str, str] = {}
-        self._reconnecting: set[str] = set()
         self.stopping = False
         self._control: ControlServer | None = None
-        self.engine.on_lost = self._member_lost
-        for replica_uuid, member in opened.record.members.items():
-            link = Link(replica_uuid, member.address, member.state)
-            self.engine.links[replica_uuid] = link
-            session = opened.sessions.get(replica_uuid)
-            if session is not None:
-                self._connected(link, session)
-                if link.state == IN_SYNC:
-                    membership.enter(self.engine, link)
-        loop.later(TICK_SECONDS, self._tick)
+        self.engine.room.on_room = self.member_drained
+        self.members = Members(self, opened)
+
+    def catch_up(self, choice: Choice, done: Callable[[BlockdError | None], None]) -> None:
+        """Before `serve`: repeat the last changes of a dead owner on members that lack them."""
+        links = self.engine.links
+        ranges = {place for lacking in choice.behind.values() for place in lacking}
+        CatchUp(self.engine, ranges, [links[uuid] for uuid in choice.behind], done).start()
+        self.send_everything()
 
     def serve(self) -> None:
         """Start listening."""
@@ -130,7 +122,7 @@ class VolumeDaemon:
     def send_to_members(self) -> bool:
         """Send all outboxes of members; True if nothing is left in them."""
         sent = True
-        for member in tuple(self._sockets.values()):  # one that fails to send leaves
+        for member in tuple(self.members.sockets.values()):  # one that fails to send leaves
             if member.link.queue and not member.flush():
                 sent = False
         if not sent:
@@ -138,8 +130,9 @@ class VolumeDaemon:
         return sent
 
     def _look_for_congestion(self) -> None:
-        self.congested = any(
-            member.link.outbox.size_bytes() > CONGESTION_BYTES for member in self._sockets.values()
+        self.congested = self.engine.room.waiting_bytes > WAITING_BYTES_MAX or any(
+            member.link.outbox.size_bytes() > CONGESTION_BYTES
+            for member in self.members.sockets.values()
         )
 
     def send_to_clients(self) -> bool:
@@ -177,115 +170,6 @@ class VolumeDaemon:
         if connection in self.connections:
             self.connections.remove(connection)
         process.log(f"NBD client left: {reason}")
-
-    # ---- members --------------------------------------------------------------------------
-
-    def _connected(self, link: Link, session: opening.AnySession) -> None:
-        link.hello = session.hello
-        link.address = session.address
-        link.progress_at = self.loop.now()
-        self._boot_ids.setdefault(link.replica_uuid, str(session.hello["boot_id"]))
-        if isinstance(session, LocalSession):
-            self._sockets[link] = LocalMember(self, link, session)
-        else:
-            self._sockets[link] = MemberSocket(self, link, session.detach())
-        link.connected = True
-
-    def _member_lost(self, link: Link, reason: str) -> None:
-        process.log(f"replica {link.replica_uuid} at {link.address} lost: {reason}")
-        member = self._sockets.pop(link, None)
-        if member is not None:
-            member.close()
-        self.loop.post(self.member_drained)
-
-    def _tick(self) -> None:
-        if self.stopping:
-            return
-        now = self.loop.now()
-        engine = self.engine
-        oldest = engine.pending[0][0] if engine.pending else None
-        for link in list(engine.links.values()):
-            if not link.connected:
-                self.reconnect(link.replica_uuid)
-                continue
-            owes_write = oldest is not None and link in engine.targets and link.applied < oldest
-            local = link.address.startswith("dir:")  # in this process: silence means nothing
-            if local or not (link.reads or link.calls or owes_write):
-                link.progress_at = now
-            elif now - link.progress_at > SILENCE_SECONDS_MAX:
-                engine.fail(link, f"no answer for {SILENCE_SECONDS_MAX:.0f} s")
-        if not self.structure.busy:
-            self.structure.forget_folded()
-        self.send_everything()
-        self.loop.later(TICK_SECONDS, self._tick)
-
-    def reconnect(self, replica_uuid: str) -> None:
-        """Try to reach a lost member; what it may do afterwards depends on the record."""
-        record = self.engine.record
-        link = self.engine.links.get(replica_uuid)
-        member = record.members.get(replica_uuid)
-        if link is None or member is None or replica_uuid in self._reconnecting:
-            return
-        if member.state != link.state or link.leaving or link in self.engine.targets:
-            return  # its change to OUT is still on the way
-        if len(self._reconnecting) >= RECONNECTS_MAX:
-            return
-        if link.address.startswith("dir:"):
-            return  # its disk failed under this process; only a restart looks at it again
-        self._reconnecting.add(replica_uuid)
-        address, key = link.address, self.options.key
-
-        def work() -> Session:
-            session = Session(self.loop, address, record.volume_uuid, key)
-            found = session.hello["replica_uuid"]
-            if found != replica_uuid:
-                session.socket.close()
-                raise ConflictError(f"{address} serves replica {found}, not {replica_uuid}")
-            session.hello = session.fence(opening.fence_content(record))
-            return session
-
-        def done(session: Session | None, failure: BaseException | None) -> None:
-            self._reconnecting.discard(replica_uuid)
-            if failure is not None or session is None:
-                link.failure = str(failure)
-                if isinstance(failure, ConflictError):
-                    # It refuses our epoch, perhaps: a swap finds out whether we were fenced.
-                    self.ledger.change(lambda record: record, lambda error: None)
-                return
-            self._reconnected(link, session)
-
-        self.loop.in_thread(work, done)
-
-    def _reconnected(self, old: Link, session: Session) -> None:
-        replica_uuid = old.replica_uuid
-        member = self.engine.record.members.get(replica_uuid)
-        if member is None or old.connected or self.engine.links.get(replica_uuid) is not old:
-            session.socket.close()
-            return
-        boot_id = str(session.hello["boot_id"])
-        if member.state == IN_SYNC and old.distrusted:
-            old.failure = (
-                "its disk failed to make data durable and no other replica is in sync; check the "
-                "disk, then detach the volume and attach it again to go on from what is there"
-            )
-            session.socket.close()
-            return
-        if member.state == IN_SYNC and boot_id != self._boot_ids.get(replica_uuid):
-            old.failure = (
-                "its host was restarted and may have lost writes that were not flushed; "
-                "detach the volume and attach it again to go on from what is on the disk"
-            )
-            session.socket.close()
-            return
-        link = Link(replica_uuid, session.address, member.state)
-        link.errors = old.errors
-        self.engine.links[replica_uuid] = link
-        self._boot_ids[replica_uuid] = boot_id
-        process.log(f"replica {replica_uuid} is back ({member.state})")
-        self._connected(link, session)
-        if link.state == IN_SYNC:
-            come_back(self.engine, link)
-        self.send_everything()
 
     # ---- the end --------------------------------------------------------------------------
 
@@ -333,8 +217,7 @@ class VolumeDaemon:
         """Close what is still open."""
         if self._control is not None:
             self._control.close()
-        for link in list(self._sockets):
-            self._sockets.pop(link).close()
+        self.members.close()
 
 
 class Options:
@@ -350,6 +233,19 @@ class Options:
         self.control: str | None = arguments.control
         self.block_size: int = arguments.block_size
         self.pid_file: str | None = arguments.pid_file
+        self.consumer_alive: bool = arguments.consumer_alive
+        self.min_in_sync: int = arguments.min_in_sync
+        self.answer_seconds_max: float = arguments.answer_timeout
+        self.rebuild_bytes_per_second: float | None = None
+        if arguments.rebuild_bandwidth is not None:
+            self.rebuild_bytes_per_second = parse_rate(arguments.rebuild_bandwidth)
+        if not 1 <= self.min_in_sync <= REPLICAS_MAX:
+            raise RequestError(
+                f"--min-in-sync {self.min_in_sync} is outside 1 to {REPLICAS_MAX}; choose how many "
+                "replicas must be in sync for a write to be answered"
+            )
+        if not self.answer_seconds_max > 0:
+            raise RequestError(f"--answer-timeout {self.answer_seconds_max} is not above 0 seconds")
         if len(set(self.replicas)) < len(self.replicas):
             raise RequestError("a replica is named twice; every copy needs an address of its own")
         if not self.nbd and not self.control:
@@ -389,6 +285,30 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--control", metavar="unix:PATH", help="control socket")
     parse.add_argument("--block-size", type=int, choices=(512, 4096), default=4096)
     parse.add_argument("--pid-file", help="write the process id here")
+    parse.add_argument(
+        "--consumer-alive",
+        action="store_true",
+        help="the volume's user still runs: open nothing that may have lost unflushed writes",
+    )
+    parse.add_argument(
+        "--min-in-sync",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of a new volume: answer writes only while N replicas are in sync (1)",
+    )
+    parse.add_argument(
+        "--answer-timeout",
+        type=float,
+        default=ANSWER_SECONDS_MAX,
+        metavar="SECONDS",
+        help="put a replica out that takes longer while others do not (2)",
+    )
+    parse.add_argument(
+        "--rebuild-bandwidth",
+        metavar="RATE",
+        help="copy at most so much per second to a replica; example: 50M",
+    )
     return parse
 
 
@@ -401,7 +321,13 @@ def main(arguments: list[str]) -> int:
         authority = SqliteAuthority(options.state)
         loop = Loop()
         wanted = opening.Wanted(
-            options.name, options.volume_uuid, options.replicas, options.key, loop
+            options.name,
+            options.volume_uuid,
+            options.replicas,
+            options.key,
+            loop,
+            options.consumer_alive,
+            options.min_in_sync,
         )
         opened = opening.open_volume(authority, wanted, process.log)
         if opened.record.volume_name != options.name:
@@ -410,11 +336,20 @@ def main(arguments: list[str]) -> int:
                 f"{options.name}"
             )
         daemon = VolumeDaemon(loop, authority, opened, options)
-        daemon.serve()
         process.on_signals(loop, daemon.stop)
-        process.write_pid_file(options.pid_file)
-        where = ", ".join(server.address for server in daemon.servers) or "no NBD address"
-        print(f"ready volume {options.name} on {where}", flush=True)
+
+        def serving(error: BlockdError | None) -> None:
+            if error is not None:
+                process.log(str(error))
+                daemon.exit_code = error.exit_code
+                loop.stop()
+                return
+            daemon.serve()
+            process.write_pid_file(options.pid_file)
+            where = ", ".join(server.address for server in daemon.servers) or "no NBD address"
+            print(f"ready volume {options.name} on {where}", flush=True)
+
+        daemon.catch_up(opened.choice, serving)
         loop.run()
         daemon.close()
         return daemon.exit_code

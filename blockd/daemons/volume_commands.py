@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
-from protocol.units import REPLICAS_MAX
+from protocol.units import REPLICAS_MAX, parse_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
 from replication.link import Link
-from replication.rebuild import Rebuild
 
 if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
@@ -89,7 +88,20 @@ class VolumeCommands:
                     "checksum_errors": engine.checksum_errors,
                 },
                 "held": daemon.ledger.held,
+                "paused": self._paused(),
+                "suspended": engine.suspended,
+                "min_in_sync": record.min_in_sync,
             }
+        )
+
+    def _paused(self) -> str | None:
+        """Why writes wait, if they do."""
+        full = [link.replica_uuid for link in self._engine.room.full]
+        if not full:
+            return None
+        return (
+            f"no space left on the disk of replica {', '.join(full)}: writes wait; free space "
+            "there, trim the volume or delete snapshots, and they go on"
         )
 
     def health(self) -> str:
@@ -163,7 +175,7 @@ class VolumeCommands:
         def done(error: BlockdError | None) -> None:
             if error is None:
                 engine.links[replica_uuid] = Link(replica_uuid, address)
-                self._daemon.reconnect(replica_uuid)
+                self._daemon.members.reconnect(replica_uuid)
             _answer_with(answer)(error)
 
         engine.ledger.change(change, done)
@@ -207,7 +219,7 @@ class VolumeCommands:
             if error is None:
                 link.address = address
                 if not link.connected:
-                    self._daemon.reconnect(link.replica_uuid)
+                    self._daemon.members.reconnect(link.replica_uuid)
             _answer_with(answer)(error)
 
         self._engine.ledger.change(change, done)
@@ -215,11 +227,8 @@ class VolumeCommands:
     def _rebuild(self, request: dict[str, Any], answer: Answer) -> None:
         link = self._link(request)
 
-        def done(error: BlockdError | None) -> None:
-            result = f"failed: {error}" if error else "done, in sync"
-            process.log(f"rebuild of replica {link.replica_uuid}: {result}")
-
-        Rebuild(self._engine, link, done).start()
+        rate = request.get("bandwidth")
+        self._daemon.members.rebuild(link, parse_rate(str(rate)) if rate else None)
         answer({})
 
     def _link(self, request: dict[str, Any]) -> Link:
