@@ -126,7 +126,7 @@ def test_a_transcript_is_made_again_by_the_functions_that_frame(name: str) -> No
         if operation == wire.WRITE:
             assert payload is not None
             data = payload[4 * (length // BLOCK_BYTES) :]
-            assert wire.write_header(sequence, offset, data) + data == line.data
+            assert wire.write_header(sequence, offset, data, argument) + data == line.data
         elif operation == wire.READ:
             assert wire.read_frame(sequence, *wire.read_ranges(payload), argument) == line.data
         elif operation == wire.EXTENT_LIST:
@@ -136,9 +136,15 @@ def test_a_transcript_is_made_again_by_the_functions_that_frame(name: str) -> No
                 (count, bool(data)) for count, data in zip(values[::2], values[1::2], strict=True)
             ]
             assert wire.extents_frame(sequence, runs) == line.data
-        elif operation in (wire.LAYER_DATA, wire.LAYER_WRITE):
+        elif operation in MAP_OPERATIONS:
             assert payload is not None
-            assert wire.map_checksum(payload) == length
+            parent_id, first = offset >> 32, offset & 0xFFFFFFFF
+            assert wire.place_of(flags, offset, argument) == (argument, parent_id, first, flags)
+            place = wire.place(parent_id, first)
+            head = wire.map_frame(
+                operation, sequence, payload, flags, offset=place, argument=argument
+            )
+            assert head == line.data[: wire.HEADER_BYTES]
         elif payload is not None and line.data.endswith(b"}") and operation != wire.REFUSED:
             content = json.loads(bytes(payload))
             assert wire.json_frame(operation, sequence, content) == line.data
@@ -171,6 +177,7 @@ def test_every_operation_stands_in_a_transcript() -> None:
     assert named == seen
 
 
+MAP_OPERATIONS = (wire.LAYER_DATA, wire.LAYER_WRITE, wire.MEND)
 NOT_OPERATIONS = {
     *("MAGIC", "VERSION", "HEADER_BYTES", "PAYLOAD_BYTES_MAX", "NONCE_BYTES", "KEEP_ALLOCATED"),
     *("BLOCK_BYTES", "BLOCKS_PER_REGION", "REGION_BYTES", "READS_MAX"),
@@ -253,17 +260,14 @@ def test_each_flipped_bit_of_what_no_map_entry_protects_is_noticed(
             parsed(bytes(damaged))
 
 
-@pytest.mark.parametrize("operation", [wire.LAYER_DATA, wire.LAYER_WRITE])
-def test_each_flipped_bit_of_a_map_block_is_noticed(operation: int) -> None:
-    payload = struct.pack("<1024I", *[0, 1] * 511, 7, 9) + b"d" * (2 * BLOCK_BYTES)
-    head = wire.frame(
-        operation,
-        5,
-        length=wire.map_checksum(memoryview(payload)),
-        payload_bytes=len(payload),
-    )
+@pytest.mark.parametrize("operation", MAP_OPERATIONS)
+@pytest.mark.parametrize("count", [2, 3, 1024])
+def test_each_flipped_bit_of_map_entries_is_noticed(operation: int, count: int) -> None:
+    payload = struct.pack(f"<{count}I", *[0] * (count - 2), 7, 9) + b"d" * (2 * BLOCK_BYTES)
+    view = memoryview(payload)
+    head = wire.map_frame(operation, 5, view, count, offset=wire.place(2, 1024), argument=3)
     parsed(head + payload)
-    for bit in range(0, 8 * 4096, 13):
+    for bit in range(0, 8 * 4 * count, 1 if count < 4 else 13):
         damaged = bytearray(head + payload)
         damaged[wire.HEADER_BYTES + bit // 8] ^= 1 << bit % 8
         with pytest.raises(wire.WireError):
@@ -284,8 +288,8 @@ def test_a_payload_over_the_limit_is_refused_at_its_header() -> None:
 
 def test_the_largest_payload_arrives_in_a_buffer_of_bounded_size() -> None:
     payload = bytes(range(256)) * (wire.PAYLOAD_BYTES_MAX // 256)
-    check = wire.map_checksum(memoryview(payload))
-    message = wire.frame(wire.LAYER_WRITE, 1, length=check, payload_bytes=len(payload)) + payload
+    head = wire.map_frame(wire.LAYER_WRITE, 1, memoryview(payload), 1024, offset=0, argument=1)
+    message = head + payload
     receiver = Receiver()
     for start in range(0, 2 * len(message), 200_000):
         receiver.feed((message + message)[start : start + 200_000])
@@ -360,7 +364,7 @@ def test_what_is_framed_is_parsed_again(
     argument: int,
     payload: bytes,
 ) -> None:
-    covered = wire._COVERED[operation]
+    covered = 4 * flags if operation in MAP_OPERATIONS else wire._COVERED[operation]
     if covered and payload:
         length = crc32c(payload[:covered])
     head = wire.frame(

@@ -105,6 +105,7 @@ def test_reads_under_way_are_served_by_others_when_their_member_dies() -> None:
 def test_a_read_cut_off_in_the_middle_of_its_answer_is_served_whole() -> None:
     world = filled()
     read = world.read(0, 8 * BLOCK_BYTES)
+    world.settle_until(lambda: any(link.reads for link in world.engine.links.values()))
     (reader,) = [link for link in world.engine.links.values() if link.reads]
     pipe = world.pipes[reader.replica_uuid]
     world.settle_until(lambda: bool(pipe.to_volume))

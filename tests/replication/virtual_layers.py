@@ -62,7 +62,7 @@ class VirtualLayers:
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Blocks change."""
-        now = self.order[-1] if self.order else 0
+        now = len(self.order)
         self.dirty.update({number // BLOCKS_PER_ZONE: now for number in numbers})
 
     def note_stable(self, covered: int, config_seq: int) -> None:

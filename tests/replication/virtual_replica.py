@@ -3,7 +3,7 @@
 It is as strict as a real one: what the wire forbids is a violation, which ends the session and is
 remembered, and the tests look at `violations` at the end. Answers that a real replica gives from
 a thread (flushes, cold reads) wait in `deferred` when `defers` is set, so that a test can let them
-overtake each other.
+overtake each other. A change that `fault` lets fail with ENOSPC is parked, as the wire says it.
 
 A layer is a dictionary from block number to data or None (None: explicitly zero; no key: look in
 the parent).
@@ -11,6 +11,7 @@ the parent).
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -51,6 +52,8 @@ class VirtualReplica(VirtualLayers):
         self.violations: list[str] = []
         self.fault: Fault = no_fault
         self.nonsense: dict[str, bytes] = {}  # operation or control word: payload of its answer
+        self.parked: list[tuple[int, int, int, bytes | None]] = []  # sequence, first, count, data
+        self.newest = 0
         self.flush_fails = False
         self.corrupt: set[int] = set()
         self.defers = False
@@ -64,6 +67,8 @@ class VirtualReplica(VirtualLayers):
         self.deferred = []
         self.closed = False
         self.paused = False
+        self.parked = []
+        self.newest = 0
 
     # ---- content --------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class VirtualReplica(VirtualLayers):
                 break
             if frame[0] in (wire.WRITE, wire.ZERO):
                 answers += self._change(frame)
-                applied = frame[4]
+                applied = applied if self.parked else frame[4]
                 continue
             if applied and frame[0] != wire.READ:
                 answers += self._applied(applied)
@@ -128,6 +133,14 @@ class VirtualReplica(VirtualLayers):
         self.applied = sequence
         return wire.frame(wire.APPLIED, sequence)
 
+    def make_room(self) -> bytes:
+        """The disk is not full any more: what waited is applied; the answer."""
+        self.fault = no_fault
+        for sequence, first, count, data in self.parked:
+            self._apply(sequence, first, count, data)
+        self.parked = []
+        return self._applied(self.newest)
+
     @staticmethod
     def _refuse(sequence: int, error: BlockdError) -> bytes:
         return wire.refused_frame(sequence, error)
@@ -143,29 +156,44 @@ class VirtualReplica(VirtualLayers):
         operation, _, length, offset, sequence, _, payload = frame
         if bad := self._bad_range(offset, length):
             return self._violation(bad)
-        if self.order and sequence <= self.order[-1]:
-            return self._violation(f"sequence {sequence} after {self.order[-1]}")
+        if sequence <= self.newest:
+            return self._violation(f"sequence {sequence} after {self.newest}")
         if operation == wire.WRITE and length > PIECE_BYTES_MAX:
             return self._violation(f"a write of {length} bytes")
-        self.order.append(sequence)
-        if code := self.fault(operation, offset, length):
-            return self._refuse(sequence, StorageError("no", errno=code))
+        self.newest = sequence
         count = length // BLOCK_BYTES
         first = offset // BLOCK_BYTES
+        data = None
+        if operation == wire.WRITE:
+            if payload is None or len(payload) != length + 4 * count:
+                return self._violation("a write with another payload size")
+            data = bytes(payload[4 * count :])
+            if list(struct.unpack_from(f"<{count}I", payload)) != block_checksums(data):
+                return self._violation("a damaged write")
+        return self._apply_or_park(sequence, first, count, data)
+
+    def _apply_or_park(self, sequence: int, first: int, count: int, data: bytes | None) -> bytes:
+        operation = wire.ZERO if data is None else wire.WRITE
+        code = self.fault(operation, first * BLOCK_BYTES, count * BLOCK_BYTES)
+        if code and code != errno.ENOSPC:
+            return self._refuse(sequence, StorageError("no", errno=code))
+        overlaps = any(
+            other_first < first + count and first < other_first + other_count
+            for _, other_first, other_count, _ in self.parked
+        )
+        if code or overlaps or (self.parked and data is not None):
+            self.parked.append((sequence, first, count, data))
+            return b"" if len(self.parked) > 1 else wire.frame(wire.FULL, sequence, argument=code)
+        self._apply(sequence, first, count, data)
+        return wire.frame(wire.DONE, sequence) if self.parked else b""
+
+    def _apply(self, sequence: int, first: int, count: int, data: bytes | None) -> None:
+        self.order.append(sequence)
         self.touch(range(first, first + count))
         head = self.layers[self.head_id].blocks
-        if operation == wire.ZERO:
-            for number in range(first, first + count):
-                head[number] = None
-            return b""
-        if payload is None or len(payload) != length + 4 * count:
-            return self._violation("a write with another payload size")
-        data = payload[4 * count :]
-        if list(struct.unpack_from(f"<{count}I", payload)) != block_checksums(data):
-            return self._violation("a damaged write")
         for index in range(count):
-            head[first + index] = bytes(data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
-        return b""
+            block = data and data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+            head[first + index] = block or None
 
     def _other(self, frame: wire.Frame) -> bytes:
         operation, _, length, offset, sequence, argument, payload = frame
@@ -182,6 +210,8 @@ class VirtualReplica(VirtualLayers):
                 return self._read(sequence, *wire.read_ranges(payload), argument)
             if operation == wire.FLUSH:
                 return self._flush(sequence)
+            if operation == wire.PING:
+                return wire.frame(wire.PONG, sequence)
             if operation == wire.STABLE:
                 if offset not in self.flushed:
                     return self._violation(f"STABLE of a flush that was not done: {offset}")
@@ -250,12 +280,12 @@ class VirtualReplica(VirtualLayers):
         return head + payload
 
     def _flush(self, sequence: int) -> bytes:
-        covered = self.order[-1] if self.order else 0
+        covered, newest = len(self.order), max(self.order, default=0)
 
         def end() -> bytes:
             if self.flush_fails:
                 return self._refuse(sequence, StorageError("fdatasync failed"))
-            self.durable = max(self.durable, covered)
+            self.durable = max(self.durable, newest)
             self.flushed[sequence] = covered
             return wire.frame(wire.FLUSHED, sequence)
 

@@ -34,7 +34,7 @@ from replication.rebuild import Rebuild
 from replication.returning import come_back
 from replication.structure import Structure
 from tests.replication.surroundings import Clock, MemoryAuthority
-from tests.replication.virtual_replica import VirtualReplica
+from tests.replication.virtual_replica import VirtualReplica, no_fault
 
 STEPS_MAX = 50_000  # more than any test needs; a livelock ends here
 VOLUME = "11111111-1111-1111-1111-111111111111"
@@ -360,6 +360,14 @@ class World:
         raise AssertionError("this never ends")
 
     # ---- members --------------------------------------------------------------------------
+
+    def make_room(self, uuid: str) -> None:
+        """The disk of a member that is full gets space again."""
+        replica = self.replicas[uuid]
+        if replica.parked:
+            self.pipes[uuid].to_volume += replica.make_room()
+        else:
+            replica.fault = no_fault
 
     def link(self, uuid: str) -> Link:
         return self.engine.links[uuid]
