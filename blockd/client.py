@@ -118,6 +118,10 @@ class Client:
         query = {"force": "true"} if force else {}
         return _object(self._call("DELETE", _volume_path(name), query=query, wait=wait))
 
+    def volume_change(self, name: str, changes: Json) -> Json:
+        """Change how the replicas of a volume are kept."""
+        return _object(self._call("PATCH", f"{_volume_path(name)}/settings", body=changes))
+
     def attach(self, name: str, frontend: str, *, wait: float = WAIT_SECONDS) -> Json:
         """Attach a volume through a front end."""
         return self._volume_post(name, "attach", {"frontend": frontend}, wait)

@@ -15,6 +15,7 @@ REGIONS_PER_ZONE = ZONE_BYTES // REGION_BYTES
 
 SNAPSHOTS_MAX = 254  # index bytes 1..255 name a slot: 254 sealed layers and the head
 PIECE_BYTES_MAX = 1 << 20  # one data message on the replica wire; bounds the peer's buffers
+RATE_MIN = 64 << 10  # bytes per second; below it, a missing unit
 REPLICAS_MAX = 16  # more copies cost every write; nobody has asked for more
 
 SIZE_BYTES_MIN = 1 << 20  # below this no file system fits
@@ -50,15 +51,31 @@ def check_size(size_bytes: int) -> int:
     return size_bytes
 
 
-def parse_rate(text: str) -> float:
+def parse_rate(text: str) -> int:
     """Bytes per second of a rate such as 50M; units are powers of 1024."""
     match = _SIZE_PATTERN.fullmatch(text.strip().removesuffix("/s"))
-    if match is None or not float(match.group(1)):
-        raise RequestError(
-            f"rate {text!r} is not a number above 0 with a unit K, M, G or T; example: 50M"
-        )
+    if match is None:
+        raise RequestError(f"rate {text!r} is not a number with a unit K, M, G or T; example: 50M")
     number, unit = match.groups()
-    return float(number) * _UNITS[unit.upper()]
+    return check_rate(int(float(number) * _UNITS[unit.upper()]))
+
+
+def check_rate(bytes_per_second: int) -> int:
+    """Raise RequestError unless something can be copied at this rate."""
+    if bytes_per_second < RATE_MIN:
+        raise RequestError(
+            f"rate {bytes_per_second} bytes per second is below {RATE_MIN}; example: 50M"
+        )
+    return bytes_per_second
+
+
+def check_min_in_sync(count: int) -> None:
+    """Raise RequestError unless so many replicas can be asked for."""
+    if not 1 <= count <= REPLICAS_MAX:
+        raise RequestError(
+            f"min-in-sync {count} is outside 1 to {REPLICAS_MAX}; choose how many replicas must be "
+            "in sync for a write to be answered"
+        )
 
 
 def parse_size(text: str) -> int:

@@ -65,7 +65,7 @@ class Pace:
         self,
         latency: Latency | None = None,
         later: Later = lambda seconds, call: call(),
-        bytes_per_second: float | None = None,
+        bytes_per_second: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.later = later
         self._latency = latency
@@ -89,6 +89,7 @@ class Pace:
 
     def moved(self, count_bytes: int) -> None:
         """So many bytes were copied."""
-        if self._bytes_per_second and self._latency is not None:
+        cap = self._bytes_per_second()
+        if cap and self._latency is not None:
             now = self._latency.now()
-            self._free_at = max(now, self._free_at) + count_bytes / self._bytes_per_second
+            self._free_at = max(now, self._free_at) + count_bytes / cap

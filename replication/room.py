@@ -65,6 +65,8 @@ class Room:
 
     def _look(self) -> None:
         engine = self._engine
+        if not engine.paused:
+            return
         engine.paused = bool(self.full)
         if not engine.paused:
             self._early.clear()

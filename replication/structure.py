@@ -112,6 +112,7 @@ class Structure:
 
     def _seal(self, name: str, labels: dict[str, str], done: Done) -> None:
         engine, record = self._engine, self._engine.record
+        self._refuse_when_full("make a snapshot")
         if len(record.layers) >= SNAPSHOTS_MAX:
             done(
                 StateError(
@@ -226,6 +227,7 @@ class Structure:
         engine = self._engine
         layer = self.find(name)
         self._refuse_during_rebuild("revert")
+        self._refuse_when_full("revert")
         new_head = engine.record.next_layer_id
         intent = {"layer_id": layer.id, "new_head_id": new_head}
 
@@ -274,6 +276,16 @@ class Structure:
             raise StateError(
                 f"cannot {what} of volume {self._engine.record.volume_name} during the rebuild of "
                 f"replica {names}; wait until it has ended"
+            )
+
+    def _refuse_when_full(self, what: str) -> None:
+        """It would wait behind writes that wait for space, and all trims behind it."""
+        if self._engine.room.full:
+            names = ", ".join(link.replica_uuid for link in self._engine.room.full)
+            raise StateError(
+                f"cannot {what} of volume {self._engine.record.volume_name} while there is no "
+                f"space on the disk of replica {names}; trim the volume, delete snapshots or free "
+                "space there first"
             )
 
     @property

@@ -7,6 +7,7 @@ are as wide as their content: a path or an address is only of use whole.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,7 @@ def replica_table(replicas: list[Json]) -> None:
             (
                 replica.get("id"),
                 replica.get("state"),
-                fraction_text(replica.get("rebuild_fraction")),
+                rebuild_text(replica.get("rebuild")),
                 replica.get("pid"),
                 replica.get("address"),
                 replica.get("path"),
@@ -199,9 +200,22 @@ def bare_snapshot_name(snapshot: Json) -> str:
     return str(snapshot.get("name")).rpartition("@")[2]
 
 
-def fraction_text(fraction: Any) -> str:
-    """A share for people: 42%."""
-    return f"{fraction:.0%}" if isinstance(fraction, int | float) else "-"
+def rebuild_text(rebuild: Json | None) -> str:
+    """How far a rebuild is, for people: 42%, 3 min left."""
+    if not rebuild:
+        return "-"
+    return ", ".join(filter(None, [f"{rebuild['fraction']:.0%}", time_left_text(rebuild)]))
+
+
+def time_left_text(*rebuilds: Json) -> str:
+    """How long the longest of some rebuilds will take; empty while that is not known."""
+    left = [rebuild.get("seconds_left") for rebuild in rebuilds]
+    if not left or None in left:
+        return ""
+    seconds = math.ceil(max(filter(None, left), default=0.0))
+    if seconds < 100:
+        return f"{seconds} s left"
+    return f"{seconds // 60} min left" if seconds < 6000 else f"{seconds // 3600} h left"
 
 
 def labels_text(labels: Any) -> str:

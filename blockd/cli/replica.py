@@ -24,7 +24,7 @@ from blockd.client import WAIT_SECONDS, Client, Json
 from protocol.errors import DeadlineError, DegradedError
 
 REBUILD_SECONDS = 86_400.0  # 8 TiB at 100 MB/s, the largest volume over a 1 Gbit/s network
-START_SECONDS = 30.0  # a rebuild whose turn it is and that shows no sign of life by then failed
+START_SECONDS = 30.0  # a rebuild that shows no sign of life by then failed
 POLL_SECONDS = 0.3  # a person sees it as continuous; each poll costs one status
 
 
@@ -163,11 +163,10 @@ def _follow(
 ) -> Json:
     """Watch until all `targets` are in sync; return the volume then.
 
-    One replica of a volume is rebuilt at a time, so a target may wait for others. One that was
-    SYNCING and is OUT again, or that is still OUT after START_SECONDS in which no replica of the
-    volume was rebuilt, has failed: DegradedError.
+    One that was SYNCING and is OUT again, or that is still OUT after START_SECONDS, has failed:
+    DegradedError.
     """
-    begin = turn_began = time.monotonic()
+    begin = time.monotonic()
     seen_syncing: set[str] = set()
     while True:
         view = client.volume(volume)
@@ -177,16 +176,12 @@ def _follow(
         if not left:
             report(1.0, "")
             return view
-        syncing = [uid for uid, replica in replicas.items() if replica["state"] == "SYNCING"]
-        seen_syncing |= left.intersection(syncing)
-        now = time.monotonic()
-        if syncing:
-            turn_began = now
-        passed = now - begin
+        seen_syncing |= {target for target in left if states[target] == "SYNCING"}
+        passed = time.monotonic() - begin
         for target in left:
             gone = target not in replicas
             lost = states[target] == "OUT" and target in seen_syncing
-            never = target not in seen_syncing and now - turn_began > START_SECONDS
+            never = target not in seen_syncing and passed > START_SECONDS
             if gone or lost or never:
                 what = "ended: it is gone" if gone else "stopped" if lost else "did not start"
                 raise DegradedError(_failure_text(view, target, what))
@@ -195,17 +190,11 @@ def _follow(
                 f"rebuild of volume {volume} is not done after {timeout:g} s and goes on; "
                 f"see `blockd replica ls {volume}`"
             )
-        fractions = [replicas[target].get("rebuild_fraction") or 0.0 for target in left]
+        rebuilds = [replicas[target].get("rebuild") or {} for target in left]
+        fractions = [rebuild.get("fraction") or 0.0 for rebuild in rebuilds]
         done = (sum(fractions) + len(targets) - len(left)) / len(targets)
-        report(done, turn_text(syncing, left))
+        report(done, out.time_left_text(*rebuilds))
         time.sleep(POLL_SECONDS)
-
-
-def turn_text(syncing: list[str], left: set[str]) -> str:
-    """Whose turn it is: the replica being rebuilt, and how many wait for it."""
-    count = len(left.difference(syncing))
-    waits = f"{count} wait{'s' if count == 1 else ''}" if count else ""
-    return ", ".join(filter(None, [" ".join(uid[:8] for uid in syncing), waits]))
 
 
 def _failure_text(view: Json, target: str, what: str) -> str:
@@ -215,8 +204,9 @@ def _failure_text(view: Json, target: str, what: str) -> str:
     reason = f" ({message})" if message else ""
     return (
         f"rebuild of replica {target} of volume {name} {what}{reason}; the "
-        f"volume is {view.get('health')}; try again with `blockd replica rebuild {name}`, or "
-        f"replace it: `blockd replica rm {name} {target}`, `blockd replica add {name}`"
+        f"volume is {view.get('health')}; it is tried again by itself, or at once with `blockd "
+        f"replica rebuild {name}`; to replace it: `blockd replica rm {name} {target}`, `blockd "
+        f"replica add {name}`"
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 from blockd.cli import output as out
 from blockd.cli.common import (
+    Function,
     Settings,
     hint,
     label_option,
@@ -20,10 +21,36 @@ from blockd.cli.common import (
     warn_unhealthy,
 )
 from blockd.client import Json
-from protocol.units import REPLICAS_MAX, check_name, parse_size
+from protocol.units import REPLICAS_MAX, check_name, parse_rate, parse_size
 
 FRONTENDS = ("auto", "fuse", "socket")
 FILE_SYSTEMS = ("ext4", "xfs")
+
+
+def keeping_options(function: Function) -> Function:
+    """The options about how replicas are kept."""
+    for option in (
+        click.option(
+            "--min-in-sync",
+            type=click.IntRange(1, REPLICAS_MAX),
+            metavar="N",
+            help="Answer writes only while N replicas are in sync.  [default: 1]",
+        ),
+        click.option(
+            "--rebuild-bandwidth",
+            metavar="RATE",
+            help="Copy at most so much per second to a replica, such as 50M.  [default: none]",
+        ),
+        click.option(
+            "--rebuild-wait",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            help="How long a lost replica may stay away before a new one replaces it.  "
+            "[default: 60]",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 @click.group(no_args_is_help=False)
@@ -56,12 +83,7 @@ Examples:
     show_default=True,
     help="The block size the consumer sees, in bytes.",
 )
-@click.option(
-    "--rebuild-wait",
-    type=click.FloatRange(min=0),
-    metavar="SECONDS",
-    help="How long a lost replica may stay away before it is rebuilt.  [default: 10]",
-)
+@keeping_options
 @label_option
 @timeout_option
 @output_option
@@ -72,10 +94,12 @@ def create(
     size: str,
     replicas: int,
     block_size: str,
-    rebuild_wait: float | None,
     labels: dict[str, str],
     timeout: float,
     output: str,
+    rebuild_wait: float | None,
+    rebuild_bandwidth: str | None,
+    min_in_sync: int | None,
 ) -> None:
     """Make a volume; it takes space only as it is written."""
     body: Json = {
@@ -84,14 +108,57 @@ def create(
         "replicas": replicas,
         "block_size": int(block_size),
     }
-    if rebuild_wait is not None:
-        body["rebuild_wait_seconds"] = rebuild_wait
+    body |= _kept(rebuild_wait, rebuild_bandwidth, min_in_sync)
     if labels:
         body["labels"] = labels
     with settings.client() as client, waiting(f"creating volume {name}"):
         made = client.volume_create(body, wait=timeout)
     out.show(made, output, lambda view: out.volume_table([view]))
     hint(f"next: blockd volume attach {name}")
+
+
+@volume.command(
+    name="set",
+    epilog="""\b
+Examples:
+  blockd volume set data --rebuild-bandwidth 50M
+  blockd volume set data --rebuild-bandwidth none --min-in-sync 2
+""",
+)
+@volume_argument
+@keeping_options
+@output_option
+@pass_settings
+def change(
+    settings: Settings,
+    name: str,
+    output: str,
+    rebuild_wait: float | None,
+    rebuild_bandwidth: str | None,
+    min_in_sync: int | None,
+) -> None:
+    """Change how the replicas of a volume are kept; what is not named stays."""
+    changes = _kept(rebuild_wait, rebuild_bandwidth, min_in_sync)
+    if not changes:
+        refuse("nothing to change: name --rebuild-wait, --rebuild-bandwidth or --min-in-sync")
+    with settings.client() as client:
+        changed = client.volume_change(name, changes)
+    out.show(changed, output, out.volume_details)
+
+
+def _kept(
+    rebuild_wait: float | None, rebuild_bandwidth: str | None, min_in_sync: int | None
+) -> Json:
+    """The fields of a body that `keeping_options` name."""
+    fields: Json = {}
+    if rebuild_wait is not None:
+        fields["rebuild_wait_seconds"] = rebuild_wait
+    if rebuild_bandwidth is not None:
+        no_cap = rebuild_bandwidth == "none"
+        fields["rebuild_bandwidth"] = None if no_cap else parse_rate(rebuild_bandwidth)
+    if min_in_sync is not None:
+        fields["min_in_sync"] = min_in_sync
+    return fields
 
 
 @volume.command(

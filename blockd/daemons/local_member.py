@@ -17,12 +17,13 @@ import struct
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from blockd.daemons.replica_changes import reach
 from blockd.daemons.replica_service import ReplicaService, next_part
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, StorageError
 from protocol.streams import lazy_buffer
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
+from protocol.units import BLOCK_BYTES
 from snapshots.replica import Replica
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 ARENA_BYTES = 2 << 20  # data of one batch of reads; one read of the largest size always fits
 CELLS = 128  # single blocks that are read without making a view of memory for each
-_MAP_BYTES = 4 * BLOCKS_PER_REGION
+_Fields = tuple[int, int, int, int, int, int, memoryview]
+"""operation, flags, length, offset, sequence, argument, control payload"""
 
 
 class LocalSession:
@@ -132,17 +134,9 @@ class LocalMember:
                             applied, behind = sequence, argument
                 else:
                     content = memoryview(head)[wire.HEADER_BYTES :]
-                    self._other(
-                        operation,
-                        flags,
-                        length,
-                        offset,
-                        sequence,
-                        argument,
-                        content,
-                        answers,
-                        parts,
-                    )
+                    fields = (operation, flags, length, offset, sequence, argument, content)
+                    if not (changes.parked and self._waits(fields, parts)):
+                        self._other(*fields, answers, parts)
             except BlockdError as error:
                 if operation in (wire.WRITE, wire.ZERO):
                     self._service.refused()
@@ -155,10 +149,39 @@ class LocalMember:
         self._answers = None
         return answers
 
+    def _waits(self, fields: _Fields, parts: list[Any]) -> bool:
+        """Must a request come after changes that wait? Then it will."""
+        operation, flags, length, offset, sequence, argument, content = fields
+        reached = reach(operation, flags, length, offset, argument, content)
+        kept = [bytes(part) for part in parts]
+
+        def late() -> None:
+            answers: list[wire.Frame] = []
+            try:
+                self._other(*fields, answers, kept)
+            except BlockdError as error:
+                answers.append(_refused(sequence, error))
+            self._deliver(answers)
+            self._daemon.send_everything()
+
+        return reached is not None and self._service.changes.waits(reached[0], late, reached[1])
+
     def read_now(self, reads: Reads) -> None:
         """Answer reads at once, those that are not in memory from a thread."""
         if self.link.queue:
             self.flush()  # what was queued before must be seen
+        changes = self._service.changes
+        if changes.parked and not reads.layer_id:
+            count = len(reads.cookies)
+            number = self._daemon.engine.remember(self.link, reads)
+
+            def late() -> None:
+                self.read_now(self.link.take_answered(number, count))
+                self._daemon.send_everything()
+
+            if changes.waits(list(zip(reads.firsts, reads.counts, strict=True)), late):
+                return
+            self.link.take_answered(number, count)
         left: Reads | None = reads
         while left is not None:
             left = self._read(left)

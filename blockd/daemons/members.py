@@ -1,8 +1,8 @@
 """The members of an open volume: their sockets, who comes back, who is watched and made equal.
 
 A member that is lost is tried again every RECONNECT_SECONDS. What it may do then depends on the
-record: OUT members that were in sync once are made equal at once (replication/rebuild.py), the last
-one in sync takes part again if its machine has not been rebooted. Others wait to be asked for.
+record: OUT members are made equal (replication/rebuild.py), the last one in sync takes part again
+if its machine has not been rebooted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
 from protocol.errors import BlockdError, ConflictError
 from replication import membership
-from replication.authority import IN_SYNC, OUT
+from replication.authority import IN_SYNC, OUT, SYNCING
 from replication.link import Link
 from replication.pace import Pace
 from replication.rebuild import Rebuild
@@ -43,6 +43,7 @@ class Members:
         self._boot_ids: dict[str, str] = {}
         self._reconnecting: set[str] = set()
         self._watch = Watch(engine, daemon.options.answer_seconds_max)
+        self.bytes_per_second = daemon.options.rebuild_bytes_per_second
         self._resync_at: dict[str, float] = {}
         self._resync_delay: dict[str, float] = {}
         self._in_sync_since: dict[str, float] = {}
@@ -177,7 +178,7 @@ class Members:
     # ---- becoming equal -------------------------------------------------------------------
 
     def _resync(self, link: Link, now: float) -> None:
-        """Make a member equal that was in sync once; one that keeps failing waits longer."""
+        """Make a member equal that is OUT; one that keeps failing waits longer."""
         uuid = link.replica_uuid
         member = self._engine.record.members.get(uuid)
         if link.state == IN_SYNC:
@@ -186,7 +187,7 @@ class Members:
                 self._resync_delay.pop(uuid, None)
             return
         self._in_sync_since.pop(uuid, None)
-        if member is None or member.state != OUT or not member.out_at or link.leaving:
+        if member is None or member.state != OUT or link.leaving:
             return
         if link.state != OUT or link in self._engine.targets or not self._engine.readers:
             return
@@ -196,14 +197,20 @@ class Members:
         self._resync_at[uuid] = now + delay
         self._resync_delay[uuid] = min(2 * delay, RESYNC_SECONDS_MAX)
         try:
-            self.rebuild(link)
+            self._rebuild(link)
         except BlockdError as error:
             link.failure = str(error)
 
-    def rebuild(self, link: Link, bytes_per_second: float | None = None) -> None:
-        """Start to make a member equal; raises if that cannot begin."""
-        cap = bytes_per_second or self._daemon.options.rebuild_bytes_per_second
-        pace = Pace(self._engine.latency, self._loop.later, cap)
+    def rebuild_now(self, link: Link) -> None:
+        """Start to make a member equal, whatever it waits for; raises if that cannot begin."""
+        if link.state == SYNCING:
+            return
+        self._resync_at.pop(link.replica_uuid, None)
+        self._resync_delay.pop(link.replica_uuid, None)
+        self._rebuild(link)
+
+    def _rebuild(self, link: Link) -> None:
+        pace = Pace(self._engine.latency, self._loop.later, lambda: self.bytes_per_second)
 
         def done(error: BlockdError | None) -> None:
             copied = rebuild.copied_bytes >> 20

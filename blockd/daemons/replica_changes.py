@@ -7,6 +7,10 @@ owner hears FULL when the first one is parked, holds new writes back, and hears 
 well again. Bytes parked are therefore those that were under way. Nothing parked was answered: when
 the session ends they are forgotten, like what never arrived.
 
+Members that have space applied these changes. So that all members show one order, whatever would
+see that parked changes are missing waits behind them: reads and copies of the same blocks, and what
+asks about the whole replica. Snapshots and reverts hold everything up that comes after them, too.
+
 `recent` lists the last changes, until the owner says that every member has applied them: after the
 owner's death members that are still alive differ in nothing else.
 """
@@ -14,16 +18,22 @@ owner's death members that are still alive differ in nothing else.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from protocol import replica as wire
 from protocol.errors import BlockdError
+from protocol.units import BLOCK_BYTES
 from snapshots.reserve import FULL_DISK
 
 if TYPE_CHECKING:
     from blockd.daemons.replica_service import ReplicaService
 
+Reach = Sequence[tuple[int, int]]
+"""(first block, block count) of each range"""
+
+EVERYTHING: Reach = ((0, 1 << 62),)
 RETRY_SECONDS = 0.5  # between attempts while the disk is full
 RECENT_MAX = 1 << 14  # changes remembered; more than any owner has under way for long
 
@@ -42,6 +52,36 @@ class Change:
     def overlaps(self, first: int, count: int) -> bool:
         """Does it touch any of these blocks?"""
         return self.first < first + count and first < self.first + self.count
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What is no change, but has to come after some that are parked."""
+
+    run: Callable[[], None]
+    holds_all: bool
+
+    def overlaps(self, first: int, count: int) -> bool:
+        """May a change of these blocks not overtake it?"""
+        return self.holds_all
+
+
+def reach(
+    operation: int, flags: int, length: int, offset: int, argument: int, content: memoryview | None
+) -> tuple[Reach, bool] | None:
+    """Which blocks a request looks at, and whether no change may overtake it; None: at none."""
+    if operation == wire.READ and not argument:
+        return list(zip(*wire.read_ranges(content), strict=True)), False
+    if operation == wire.EXTENTS and not argument:
+        return [(offset // BLOCK_BYTES, length // BLOCK_BYTES)], False
+    if operation in (wire.LAYER_READ, wire.LAYER_HASH, wire.LAYER_WRITE, wire.MEND):
+        _, _, first, count = wire.place_of(flags, offset, argument)
+        return [(first, count)], False
+    if operation == wire.CONTROL:
+        what = wire.json_content(content).get("do")
+        if what in ("seal", "revert", "zones", "stamps", "layer_regions", "layer_check"):
+            return EVERYTHING, what in ("seal", "revert")
+    return None
 
 
 class Owner(Protocol):
@@ -63,7 +103,7 @@ class ReplicaChanges:
     def __init__(self, service: ReplicaService) -> None:
         self._service = service
         self._replica = service.replica
-        self.parked: deque[Change] = deque()
+        self.parked: deque[Change | Waiting] = deque()
         self.owner: Owner | None = None
         self.position = (0, 0)  # epoch and sequence of the last change applied in order
         self.recent: deque[tuple[int, int, int]] = deque()  # sequence, first block, count
@@ -119,6 +159,13 @@ class ReplicaChanges:
         self.parked.append(Change(sequence, first, count, keep=keep))
         return False
 
+    def waits(self, blocks: Reach, run: Callable[[], None], holds_all: bool = False) -> bool:
+        """True: `run` has to come after parked changes of these blocks, and will."""
+        if any(other.overlaps(*some) for other in self.parked for some in blocks):
+            self.parked.append(Waiting(run, holds_all))
+            return True
+        return False
+
     def _begin_epoch(self, sequence: int) -> None:
         """The first change of a new owner, whose sequences begin anew."""
         self._epoch = self._service.epoch
@@ -155,6 +202,10 @@ class ReplicaChanges:
         done = 0
         while self.parked:
             change = self.parked[0]
+            if isinstance(change, Waiting):
+                self.parked.popleft()
+                change.run()
+                continue
             try:
                 if change.data is None:
                     self._replica.zero(change.first, change.count, keep_allocated=change.keep)

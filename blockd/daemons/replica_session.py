@@ -17,10 +17,12 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Callable
 from functools import partial
 from operator import add
 from typing import TYPE_CHECKING, Any
 
+from blockd.daemons.replica_changes import reach
 from blockd.daemons.replica_service import READ_BLOCKS_MAX, next_part
 from blockd.daemons.stream import Stream
 from protocol import replica as wire
@@ -62,15 +64,28 @@ class ReplicaSession(Stream):
     # ---- socket ---------------------------------------------------------------------------
 
     def received(self) -> None:
+        self._carefully(self._parse)
+        inbox = self.inbox
+        if self.socket is not None and inbox.end > inbox.start:
+            inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
+
+    def _parse(self) -> None:
         inbox = self.inbox
         frames: list[wire.Frame] = []
+        start = wire.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, frames)
+        if self.fenced:
+            self._batch(frames)
+        else:
+            for frame in frames:
+                self._introduce(frame)
+        inbox.take(start)
+
+    def _carefully(self, work: Callable[[], None]) -> None:
+        """Do something for the peer and send the answers; what it does wrong ends the session."""
+        if self.socket is None:
+            return
         try:
-            start = wire.parse(inbox.buffer, inbox.buffer, inbox.start, inbox.end, frames)
-            if self.fenced:
-                self._batch(frames)
-            else:
-                for frame in frames:
-                    self._introduce(frame)
+            work()
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             # Only the JSON of control messages can do this; the peer is broken, we are not.
             self._refuse(0, wire.WireError(f"a control message is malformed: {error!r}"))
@@ -82,12 +97,8 @@ class ReplicaSession(Stream):
             self.flush()
             self.close(str(error))
             return
-        if self.socket is None:
-            return
-        inbox.take(start)
-        if inbox.end > inbox.start:
-            inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
-        self.flush()
+        if self.socket is not None:
+            self.flush()
 
     def flush(self) -> bool:
         """Send what is answered; while the peer takes nothing more, its requests wait."""
@@ -214,7 +225,8 @@ class ReplicaSession(Stream):
                     applied, behind = sequence, argument
                 changes += 1
             elif operation == wire.READ:
-                self._read(*wire.read_ranges(payload), sequence, argument)
+                if not (self._changes.parked and self._waits(frame)):
+                    self._read(*wire.read_ranges(payload), sequence, argument)
             elif operation == wire.ZERO:
                 if self._zero(flags, length, offset, sequence):
                     applied, behind = sequence, argument
@@ -223,7 +235,8 @@ class ReplicaSession(Stream):
                 if applied:
                     self._applied(applied, behind)
                     applied = changes = 0
-                self._other(frame)
+                if not (self._changes.parked and self._waits(frame)):
+                    self._other(frame)
             if changes == ANSWERS_PER_SEND:
                 if applied:
                     self._applied(applied, behind)
@@ -253,6 +266,22 @@ class ReplicaSession(Stream):
     def refused(self, sequence: int, error: BlockdError) -> None:
         self._refuse(sequence, error)
         self.flush()
+
+    def _waits(self, frame: wire.Frame) -> bool:
+        """Must a request come after changes that wait? Then it will."""
+        operation, flags, length, offset, sequence, argument, payload = frame
+        reached = reach(operation, flags, length, offset, argument, payload)
+        if reached is None:
+            return False
+        kept = memoryview(bytes(payload)) if payload is not None else None
+
+        def late() -> None:
+            if operation == wire.READ:
+                self._read(*wire.read_ranges(kept), sequence, argument)
+            else:
+                self._other((operation, flags, length, offset, sequence, argument, kept))
+
+        return self._changes.waits(reached[0], lambda: self._carefully(late), reached[1])
 
     # ---- changes --------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from protocol.errors import (
     StateError,
 )
 from protocol.nbd.exports import Export
-from protocol.units import REPLICAS_MAX, check_name, parse_rate
+from protocol.units import check_min_in_sync, check_name, parse_rate
 from replication.authority import SqliteAuthority
 from replication.catchup import CatchUp
 from replication.choosing import Choice
@@ -239,11 +239,7 @@ class Options:
         self.rebuild_bytes_per_second: float | None = None
         if arguments.rebuild_bandwidth is not None:
             self.rebuild_bytes_per_second = parse_rate(arguments.rebuild_bandwidth)
-        if not 1 <= self.min_in_sync <= REPLICAS_MAX:
-            raise RequestError(
-                f"--min-in-sync {self.min_in_sync} is outside 1 to {REPLICAS_MAX}; choose how many "
-                "replicas must be in sync for a write to be answered"
-            )
+        check_min_in_sync(self.min_in_sync)
         if not self.answer_seconds_max > 0:
             raise RequestError(f"--answer-timeout {self.answer_seconds_max} is not above 0 seconds")
         if len(set(self.replicas)) < len(self.replicas):

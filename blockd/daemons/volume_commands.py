@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
-from protocol.units import REPLICAS_MAX, parse_rate
+from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
 from replication.link import Link
 
@@ -36,6 +36,7 @@ class VolumeCommands:
             "member-remove": self._member_remove,
             "member-address": self._member_address,
             "rebuild": self._rebuild,
+            "configure": self._configure,
         }
         return {name: self._sending(command) for name, command in commands.items()}
 
@@ -91,6 +92,7 @@ class VolumeCommands:
                 "paused": self._paused(),
                 "suspended": engine.suspended,
                 "min_in_sync": record.min_in_sync,
+                "rebuild_bandwidth": daemon.members.bytes_per_second,
             }
         )
 
@@ -225,11 +227,24 @@ class VolumeCommands:
         self._engine.ledger.change(change, done)
 
     def _rebuild(self, request: dict[str, Any], answer: Answer) -> None:
-        link = self._link(request)
-
-        rate = request.get("bandwidth")
-        self._daemon.members.rebuild(link, parse_rate(str(rate)) if rate else None)
+        """Now, whatever failed before; fine if it is under way."""
+        self._daemon.members.rebuild_now(self._link(request))
         answer({})
+
+    def _configure(self, request: dict[str, Any], answer: Answer) -> None:
+        """Set `min_in_sync` and `rebuild_bandwidth` (bytes per second; null: no cap)."""
+        wanted = int(request["min_in_sync"])
+        rate = request.get("rebuild_bandwidth")
+        check_min_in_sync(wanted)
+        engine, members = self._engine, self._daemon.members
+        members.bytes_per_second = check_rate(int(rate)) if rate is not None else None
+
+        def done(error: BlockdError | None) -> None:
+            if error is None:
+                engine.set_members(engine.targets, engine.readers)
+            _answer_with(answer)(error)
+
+        engine.ledger.change(lambda record: replace(record, min_in_sync=wanted), done)
 
     def _link(self, request: dict[str, Any]) -> Link:
         replica_uuid = str(request["replica_uuid"])

@@ -108,6 +108,8 @@ def volume_create(
         replicas=data.replicas,
         block_size=data.block_size,
         rebuild_wait_seconds=data.rebuild_wait_seconds,
+        rebuild_bandwidth=data.rebuild_bandwidth,
+        min_in_sync=data.min_in_sync,
     )
     return operations.create(data.name, spec, checked_labels(data.labels), wait)
 
@@ -124,7 +126,12 @@ def volume_change(
     operations: Ops, name: FromPath[str], data: JSONBody[VolumeChangeBody]
 ) -> VolumeView:
     """Change how a volume is kept."""
-    return operations.change(name, data.rebuild_wait_seconds)
+    changes = {
+        key: value
+        for key, value in msgspec.structs.asdict(data).items()
+        if value is not msgspec.UNSET
+    }
+    return operations.change(name, changes)
 
 
 @delete("/v1/volumes/{name:str}", status_code=200, sync_to_thread=True)

@@ -19,13 +19,17 @@ class VolumeBody(msgspec.Struct, forbid_unknown_fields=True):
     replicas: int = REPLICAS_DEFAULT
     block_size: int = 4096
     rebuild_wait_seconds: float = REBUILD_WAIT_SECONDS
+    rebuild_bandwidth: int | None = None
+    min_in_sync: int = 1
     labels: dict[str, str] = {}
 
 
 class VolumeChangeBody(msgspec.Struct, forbid_unknown_fields=True):
-    """What can be changed of a volume."""
+    """What can be changed of a volume; what is not named stays. A bandwidth of null: no cap."""
 
-    rebuild_wait_seconds: float
+    rebuild_wait_seconds: float | msgspec.UnsetType = msgspec.UNSET
+    rebuild_bandwidth: int | msgspec.UnsetType | None = msgspec.UNSET
+    min_in_sync: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class AttachBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -46,11 +46,8 @@ class Context:
         found = [item for item in self.store.list(Snapshot) if item.spec.volume == volume]
         return sorted(found, key=_snapshot_age)
 
-    def new_replica(self, volume: str, *, rebuild_id: str | None = None) -> Replica:
-        """Make the object of one more replica; a pass starts its daemon.
-
-        With `rebuild_id` it is filled at once, else after the volume's wait or on request.
-        """
+    def new_replica(self, volume: str) -> Replica:
+        """Make the object of one more replica; a pass starts its daemon."""
         uid = new_uid()
         return self.store.create(
             Replica(
@@ -60,7 +57,6 @@ class Context:
                     node=self.node_name,
                     disk=f"{self.node_name}-replicas",
                     path=str(self.home.replicas_directory(volume) / uid),
-                    rebuild_id=rebuild_id,
                 ),
             )
         )

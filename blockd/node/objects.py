@@ -21,7 +21,7 @@ import msgspec
 
 REPLICAS_DEFAULT = 3
 BLOCK_SIZES = (4096, 512)  # bytes; what file systems and databases can ask of a device
-REBUILD_WAIT_SECONDS = 10.0  # a restart of a machine's service should not cost a full copy
+REBUILD_WAIT_SECONDS = 60.0  # the restart of a machine should not cost a full copy
 
 
 def new_uid() -> str:
@@ -71,7 +71,12 @@ class Revert(msgspec.Struct):
 
 
 class VolumeSpec(msgspec.Struct):
-    """What the user wants of a volume."""
+    """What the user wants of a volume.
+
+    A replica that was lost for `rebuild_wait_seconds` is replaced by a new one. `rebuild_bandwidth`
+    caps what is copied to one replica, in bytes per second. Writes are answered only while
+    `min_in_sync` replicas are in sync.
+    """
 
     size_bytes: int
     replicas: int = REPLICAS_DEFAULT
@@ -80,6 +85,8 @@ class VolumeSpec(msgspec.Struct):
     frontend: str = "auto"
     mount: Mount | None = None
     rebuild_wait_seconds: float = REBUILD_WAIT_SECONDS
+    rebuild_bandwidth: int | None = None
+    min_in_sync: int = 1
     revert: Revert | None = None
 
 
@@ -133,8 +140,7 @@ class ReplicaStatus(msgspec.Struct):
 
     `state`: "running" if it can be used (its daemon runs, or the volume daemon has its directory
     or can open it), "failed" if not. `provisioned`: its directory was made once, so a missing
-    directory is a loss and never a reason to make a blank one. `failed_since` and `out_since` are
-    ISO times.
+    directory is a loss and never a reason to make a blank one. `failed_since` is an ISO time.
     """
 
     state: str = "new"
@@ -144,7 +150,6 @@ class ReplicaStatus(msgspec.Struct):
     allocated_bytes: int = 0
     message: str | None = None
     failed_since: str | None = None
-    out_since: str | None = None
     rebuild_id: str | None = None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from blockd.frontends import check as check_front_end
 from blockd.frontends import choose
@@ -46,7 +47,14 @@ from protocol.errors import (
     RequestError,
     from_code,
 )
-from protocol.units import REPLICAS_MAX, SNAPSHOTS_MAX, check_name, check_size
+from protocol.units import (
+    REPLICAS_MAX,
+    SNAPSHOTS_MAX,
+    check_min_in_sync,
+    check_name,
+    check_rate,
+    check_size,
+)
 from replication.authority import IN_SYNC
 
 POLL_SECONDS = 0.05
@@ -78,7 +86,7 @@ class Operations:
         check_name("volume", name)
         check_size(spec.size_bytes)
         _check_range("replicas", spec.replicas, 1, REPLICAS_MAX)
-        _check_range("rebuild wait", spec.rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
+        _check_settings(spec)
         if spec.block_size not in BLOCK_SIZES:
             raise RequestError(f"block size {spec.block_size} is not supported; choose 4096 or 512")
         metadata = Metadata(name=name, labels=labels, finalizers=[VOLUME_FINALIZER])
@@ -93,16 +101,20 @@ class Operations:
                 raise
         return self.volume(name)
 
-    def change(self, name: str, rebuild_wait_seconds: float) -> VolumeView:
-        """Change how long a lost replica may stay away before it is rebuilt."""
-        self._volume(name)
-        _check_range("rebuild wait", rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
-        modify(
-            self._store,
-            Volume,
-            name,
-            lambda v: setattr(v.spec, "rebuild_wait_seconds", rebuild_wait_seconds),
-        )
+    def change(self, name: str, changes: dict[str, Any]) -> VolumeView:
+        """Change fields of the spec that concern how replicas are kept."""
+        if not changes:
+            raise RequestError("nothing to change was named")
+        volume = self._volume(name)
+        for field, value in changes.items():
+            setattr(volume.spec, field, value)
+        _check_settings(volume.spec)
+
+        def change(item: Volume) -> None:
+            for field, value in changes.items():
+                setattr(item.spec, field, value)
+
+        modify(self._store, Volume, name, change)
         return self.volume(name)
 
     def remove(self, name: str, force: bool, wait_seconds: float) -> None:
@@ -434,6 +446,18 @@ def _late(what: str, wait_seconds: float, item: Volume) -> str:
 
 def _want_detached(item: Volume) -> None:
     item.spec.attached, item.spec.mount = False, None
+
+
+def _check_settings(spec: VolumeSpec) -> None:
+    _check_range("rebuild wait", spec.rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
+    if spec.rebuild_bandwidth is not None:
+        check_rate(spec.rebuild_bandwidth)
+    check_min_in_sync(spec.min_in_sync)
+    if spec.min_in_sync > spec.replicas:
+        raise RequestError(
+            f"min-in-sync {spec.min_in_sync} is above the {spec.replicas} replicas of the volume; "
+            "no write would ever be answered"
+        )
 
 
 def _check_range(what: str, value: float, least: float, most: float) -> None:

@@ -21,7 +21,7 @@ from blockd.node import control, local_replicas
 from blockd.node.context import Context, log, replica_address
 from blockd.node.control import Answer
 from blockd.node.home import private_directory
-from blockd.node.objects import Replica, Volume, new_uid, utc_now
+from blockd.node.objects import Replica, Volume, utc_now
 from blockd.node.store import modify, modify_status
 from protocol.errors import BlockdError, PeerError, StorageError
 from replication.authority import IN_SYNC, Record
@@ -123,7 +123,7 @@ class ReplicaReconciler:
         serving = any(i.metadata.name in in_sync and i.status.state == "running" for i in live)
         filling = any(i.metadata.name not in in_sync and i not in lost for i in live)
         if serving and not filling and self._short_for_long(volume):
-            made = self._context.new_replica(volume.metadata.name, rebuild_id=new_uid())
+            made = self._context.new_replica(volume.metadata.name)
             log.info(
                 "volume %s: replica %s added to replace a lost one",
                 volume.metadata.name,

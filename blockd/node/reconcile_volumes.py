@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from blockd.node import control
 from blockd.node.context import Context, log
@@ -88,6 +89,7 @@ class VolumeReconciler:
             volume = self._note(
                 volume, pid=int(answer["pid"]), epoch=int(answer["epoch"]), fenced=False
             )
+            _configure(volume, spec, answer)
             volume = self.devices.settle_down(volume, volume.status.epoch)
             self.snapshots.reconcile(volume, spec)
             volume = self._revert(volume, spec)
@@ -106,7 +108,7 @@ class VolumeReconciler:
         """Whether the volume daemon has anything to do."""
         return (
             volume.spec.attached
-            or self.members.work(volume, record, replicas).now
+            or self.members.work(record, replicas)
             or self.snapshots.pending(volume.metadata.name)
             or _revert_waits(volume)
         )
@@ -196,7 +198,7 @@ class VolumeReconciler:
                 context.supervisor.stop(spec)
             else:
                 changes["health"] = daemon_health(volume, answer)
-                changes["message"] = answer.get("held") or message
+                changes["message"] = waiting_for(answer) or message
         if needed:
             self._idle_since.pop(name, None)
             self._note(volume, **changes)
@@ -253,6 +255,16 @@ class VolumeReconciler:
         return modify_status(self._context.store, Volume, volume.metadata.name, change)
 
 
+def _configure(volume: Volume, spec: DaemonSpec, answer: Answer) -> None:
+    """What the volume daemon should do with too few members, and how fast it may rebuild."""
+    wanted: dict[str, Any] = {
+        "min_in_sync": volume.spec.min_in_sync,
+        "rebuild_bandwidth": volume.spec.rebuild_bandwidth,
+    }
+    if any(answer.get(key) != value for key, value in wanted.items()):
+        control.ask(spec.control, "configure", **wanted)
+
+
 def daemon_health(volume: Volume, answer: Answer) -> str:
     """The health of a volume whose daemon answered."""
     health = str(answer.get("health", "unknown"))
@@ -262,6 +274,18 @@ def daemon_health(volume: Volume, answer: Answer) -> str:
     if health == "healthy" and len(members) < volume.spec.replicas:
         return "degraded"
     return health
+
+
+def waiting_for(answer: Answer) -> str | None:
+    """What the writes of a volume wait for, from the status of its daemon."""
+    if answer.get("suspended"):
+        members = answer.get("members", [])
+        in_sync = sum(item["state"] == IN_SYNC and item["connected"] for item in members)
+        return (
+            f"{in_sync} of at least {answer['min_in_sync']} replicas are in sync: writes wait "
+            "until there are enough, or until `blockd volume set --min-in-sync` asks for fewer"
+        )
+    return answer.get("held") or answer.get("paused")
 
 
 def record_health(volume: Volume, record: Record | None, replicas: list[Replica]) -> str:
@@ -280,7 +304,7 @@ def record_health(volume: Volume, record: Record | None, replicas: list[Replica]
 
 def _rebuilds(answer: Answer) -> bool:
     """True if the volume daemon rebuilds a member; the record may not say so yet."""
-    return any(item.get("rebuild_fraction") is not None for item in answer.get("members", []))
+    return any(item.get("rebuild") is not None for item in answer.get("members", []))
 
 
 def _revert_waits(volume: Volume) -> bool:

@@ -11,11 +11,20 @@ from blockd.node import control, local_replicas
 from blockd.node.context import Context
 from blockd.node.control import Answer
 from blockd.node.objects import Mount, Replica, Snapshot, Volume
-from blockd.node.reconcile_volumes import daemon_health, record_health
+from blockd.node.reconcile_volumes import daemon_health, record_health, waiting_for
 from protocol.errors import BlockdError
 from replication.authority import IN_SYNC, OUT, Record
 
 STATUS_SECONDS = 1.0  # a person waits for this answer; an older state is better than none
+
+
+class RebuildView(msgspec.Struct):
+    """How far a rebuild is. `seconds_left` is an estimate, null while there is none."""
+
+    fraction: float
+    total_bytes: int
+    copied_bytes: int
+    seconds_left: float | None
 
 
 class ReplicaView(msgspec.Struct):
@@ -30,7 +39,7 @@ class ReplicaView(msgspec.Struct):
     path: str
     pid: int | None
     connected: bool
-    rebuild_fraction: float | None
+    rebuild: RebuildView | None
     allocated_bytes: int
     message: str | None
 
@@ -58,6 +67,8 @@ class VolumeView(msgspec.Struct):
     block_size: int
     replica_count: int
     rebuild_wait_seconds: float
+    rebuild_bandwidth: int | None
+    min_in_sync: int
     state: str
     health: str
     frontend: str | None
@@ -94,6 +105,8 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         block_size=volume.spec.block_size,
         replica_count=volume.spec.replicas,
         rebuild_wait_seconds=volume.spec.rebuild_wait_seconds,
+        rebuild_bandwidth=volume.spec.rebuild_bandwidth,
+        min_in_sync=volume.spec.min_in_sync,
         state="removing" if volume.metadata.deleted else status.state,
         health=health,
         frontend=status.frontend,
@@ -102,7 +115,7 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         mount=Mount(status.mount, fs) if status.mount else None,
         epoch=record.epoch if record else 0,
         pid=int(answer["pid"]) if answer else None,
-        message=(answer or {}).get("held") or status.message,
+        message=waiting_for(answer or {}) or status.message,
         created=volume.metadata.created,
         labels=volume.metadata.labels,
         replicas=replicas,
@@ -153,9 +166,9 @@ def replica_view(item: Replica, record: Record | None, answer: Answer | None) ->
         path=item.spec.path,
         pid=pid,
         connected=bool(said.get("connected", False)),
-        rebuild_fraction=said.get("rebuild_fraction"),
+        rebuild=msgspec.convert(said.get("rebuild"), RebuildView | None),
         allocated_bytes=item.status.allocated_bytes,
-        message=item.status.message,
+        message=item.status.message or (None if state == IN_SYNC else said.get("failure") or None),
     )
 
 

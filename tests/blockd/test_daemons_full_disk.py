@@ -1,22 +1,25 @@
-"""Proves that a full disk under a replica is an honest error and never a lost or a wrong byte.
+"""Proves that a full disk under a replica makes writes wait and never costs a byte: reads, trims
+and the deletion of snapshots go on, and so do the writes once there is room, whoever made it.
 
 The disks are small file systems of the test's own (tmpfs, ext4 on a loop device): root is needed.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import random
+import select
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.blockd.daemon_harness import Cluster, cluster, poll
-from tests.blockd.nbd_client import NbdClient
+from tests.blockd.nbd_client import READ, WRITE, NbdClient
 
 MIB = 1 << 20
 PIECE = 256 << 10
@@ -58,17 +61,44 @@ def on_small_disks(
             subprocess.run(["umount", str(path)], check=True, timeout=30)
 
 
-def fill(client: NbdClient, source: random.Random) -> tuple[dict[int, bytes], int]:
-    """Write until it fails: what was acknowledged by offset, and the error number (0: none)."""
+@dataclass
+class Waits:
+    """A write without an answer."""
+
+    client: NbdClient
+    cookie: int
+    offset: int
+    data: bytes
+
+    def is_answered(self) -> bool:
+        """Has anything arrived?"""
+        return bool(select.select([self.client.socket], [], [], 0)[0])
+
+    def done(self) -> None:
+        """Wait for the answer, which is success."""
+        assert self.client.receive({}) == (self.cookie, 0, b"")
+        self.client.close()
+
+
+def fill(made: Cluster, source: random.Random) -> tuple[dict[int, bytes], Waits | None]:
+    """Write until one waits for space: what was answered by offset, and what waits."""
     written: dict[int, bytes] = {}
+    client = NbdClient(made.nbd)
     for offset in range(0, 60 * MIB, PIECE):
         data = source.randbytes(PIECE)
-        try:
-            client.write(offset, data)
-        except OSError as error:
-            return written, error.errno or -1
+        waits = Waits(client, client.send(WRITE, offset, data=data), offset, data)
+        if not waits.is_answered():
+            poll("an answer or a pause", partial(_answered_or_paused, made, waits))
+        if not waits.is_answered():
+            return written, waits
+        assert client.receive({})[1] == 0
         written[offset] = data
-    return written, 0
+    client.close()
+    return written, None
+
+
+def _answered_or_paused(made: Cluster, waits: Waits) -> bool:
+    return waits.is_answered() or bool(made.status()["paused"])
 
 
 def check(client: NbdClient, written: dict[int, bytes]) -> None:
@@ -76,75 +106,103 @@ def check(client: NbdClient, written: dict[int, bytes]) -> None:
         assert client.read(offset, PIECE) == data, f"at {offset}"
 
 
+def trim_half(client: NbdClient, written: dict[int, bytes]) -> None:
+    """Give back the space of every second piece."""
+    for offset in list(written)[::2]:
+        client.trim(offset, PIECE)
+        del written[offset]
+
+
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-def test_when_all_disks_are_full_writes_fail_and_trim_makes_room(tmp_path: Path, kind: str) -> None:
+def test_when_disks_are_full_writes_wait_until_a_trim_makes_room(tmp_path: Path, kind: str) -> None:
     source = random.Random(5)
     with on_small_disks(tmp_path, [0, 1, 2], kind) as made:
-        client = NbdClient(made.nbd)
-        written, error = fill(client, source)
-        assert error == errno.ENOSPC
+        written, waits = fill(made, source)
+        assert waits is not None
         assert len(written) > 20
+        client = NbdClient(made.nbd)
         for _ in range(3):
             check(client, written)
-        for offset in range(62 * MIB, 64 * MIB, PIECE):
-            with pytest.raises(OSError, match="failed") as refused:
-                client.write(offset, source.randbytes(PIECE))
-            assert refused.value.errno == errno.ENOSPC
-        assert made.status()["health"] == "healthy", "nobody is behind: all refused alike"
-        gone = list(written)[::2]
-        for offset in gone:
-            client.trim(offset, PIECE)
-            del written[offset]
         client.flush()
-        for offset in gone:
+        status = made.status()
+        assert "no space left on the disk of replica" in status["paused"]
+        assert status["health"] == "healthy"
+        assert not waits.is_answered()
+        trim_half(client, written)
+        waits.done()
+        written[waits.offset] = waits.data
+        poll("no pause", lambda: not made.status()["paused"])
+        client.flush()
+        for offset in range(0, waits.offset, 2 * PIECE):
             assert client.read(offset, PIECE) == bytes(PIECE)
-        for offset in gone[: len(gone) // 2]:
-            data = source.randbytes(PIECE)
-            poll("room again", lambda offset=offset, data=data: took(client, offset, data))
-            written[offset] = data
-        client.flush()
         client.close()
-        made.volume.kill()
-        for replica in made.replicas:
-            replica.kill()
+        for daemon in (made.volume, *made.replicas):
+            daemon.kill()
         made.start()
         client = NbdClient(made.nbd)
+        poll("healthy", lambda: made.status()["health"] == "healthy")
         for _ in range(3):
             check(client, written)
         client.close()
 
 
-def took(client: NbdClient, offset: int, data: bytes) -> bool:
-    try:
-        client.write(offset, data)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return False
-    return True
-
-
-def test_one_full_disk_costs_that_member_and_no_request(tmp_path: Path) -> None:
-    source, victim = random.Random(6), 0
-    with on_small_disks(tmp_path, [victim]) as made:
+def test_room_made_on_the_disk_itself_is_noticed(tmp_path: Path) -> None:
+    source = random.Random(6)
+    with on_small_disks(tmp_path, [1]) as made:
+        ballast = tmp_path / "disk1" / "ballast"
+        ballast.write_bytes(bytes(8 * MIB))
+        written, waits = fill(made, source)
+        assert waits is not None, "one full disk is enough"
+        assert made.member(1)["replica_uuid"] in made.status()["paused"]
+        ballast.unlink()
+        waits.done()
+        written[waits.offset] = waits.data
         client = NbdClient(made.nbd)
-        written, error = fill(client, source)
-        assert error == 0, "two members had room: no request may fail"
-        assert made.status()["health"] == "degraded"
-        assert made.member(victim)["state"] == "OUT"
-        for _ in range(3):
+        for number in range(3):
             check(client, written)
+            if number < 2:
+                made.replicas[2 * number].kill()
+        client.close()
+
+
+def test_blocks_that_wait_on_one_member_are_not_read_there(tmp_path: Path) -> None:
+    source = random.Random(10)
+    with on_small_disks(tmp_path, [1]) as made:
+        written, waits = fill(made, source)
+        assert waits is not None
+        client = NbdClient(made.nbd)
+        cookies = [client.send(READ, waits.offset, 4096) for _ in range(400)]
+        trim = NbdClient(made.nbd)
+        trim_half(trim, written)  # room: now nothing waits any more
+        sizes = dict.fromkeys(cookies, 4096)
+        answers = [client.receive(sizes) for _ in cookies]
+        contents = [content for _, error, content in sorted(answers) if not error]
+        assert contents.count(waits.data[:4096]) == len(cookies), (
+            "the other members have it already"
+        )
+        waits.done()
+        trim.close()
+        client.close()
+
+
+def test_a_member_that_is_full_and_lost_holds_nothing_up(tmp_path: Path) -> None:
+    source = random.Random(11)
+    with on_small_disks(tmp_path, [0]) as made:
+        written, waits = fill(made, source)
+        assert waits is not None
+        made.replicas[0].kill()
+        waits.done()
+        written[waits.offset] = waits.data
+        assert made.member(0)["state"] == "OUT"
+        client = NbdClient(made.nbd)
+        check(client, written)
         for offset in list(written)[20:]:
             client.trim(offset, PIECE)
             del written[offset]
-        client.flush()
-        check(client, written)
-        poll("back", lambda: made.member(victim)["connected"], seconds=10)
-        made.rebuild(victim)
-        assert made.status()["health"] == "healthy"
-        for other in range(3):
-            if other != victim:
-                made.replicas[other].kill()
+        made.replicas[0].start()
+        poll("back in sync", lambda: made.member(0)["state"] == "IN_SYNC")
+        for other in (1, 2):
+            made.replicas[other].kill()
         check(client, written)
         client.close()
 
@@ -165,24 +223,26 @@ def no_byte_left(disks: list[Path]) -> Iterator[None]:
         (disk / "ballast").unlink()
 
 
-def test_a_full_disk_refuses_a_snapshot_and_goes_on(tmp_path: Path) -> None:
+def test_a_snapshot_is_refused_on_a_full_disk_and_deleting_one_makes_room(tmp_path: Path) -> None:
     source = random.Random(7)
     with on_small_disks(tmp_path, [0, 1, 2]) as made:
         client = NbdClient(made.nbd)
-        written, error = fill(client, source)
-        assert error == errno.ENOSPC
+        for offset in range(0, 4 * MIB, PIECE):
+            client.write(offset, source.randbytes(PIECE))
+        made.volume.must("snapshot-create", name="old")
+        written, waits = fill(made, source)
+        assert waits is not None
         with no_byte_left([tmp_path / f"disk{number}" for number in range(3)]):
             answer = made.volume.ask("snapshot-create", name="one")
-            if not answer["ok"]:
-                assert answer["code"] == "storage", answer
-                assert made.status()["snapshots"] == []
+            assert not answer["ok"]
+            assert "no space" in answer["message"]
+            check(client, written)
+            made.volume.must("snapshot-remove", name="old")
+            waits.done()
+            written[waits.offset] = waits.data
             check(client, written)
             assert made.status()["health"] == "healthy"
-        client.trim(0, 4 * PIECE)
-        for offset in range(0, 4 * PIECE, PIECE):
-            written[offset] = bytes(PIECE)
         made.volume.must("snapshot-create", name="two")
-        check(client, written)
         export = NbdClient(made.nbd, "vol@two")
         check(export, written)
         export.close()
@@ -192,28 +252,27 @@ def test_a_full_disk_refuses_a_snapshot_and_goes_on(tmp_path: Path) -> None:
 def test_a_volume_on_full_disks_opens_again_and_can_be_trimmed(tmp_path: Path) -> None:
     source = random.Random(9)
     with on_small_disks(tmp_path, [0, 1, 2]) as made:
+        written, waits = fill(made, source)
+        assert waits is not None
         client = NbdClient(made.nbd)
-        written, error = fill(client, source)
-        assert error == errno.ENOSPC
         client.flush()
         client.close()
         with no_byte_left([tmp_path / f"disk{number}" for number in range(3)]):
             for daemon in (made.volume, *made.replicas):
                 daemon.kill()
+            waits.client.close()
             made.start()
             client = NbdClient(made.nbd)
             check(client, written)
-            for offset in list(written)[::2]:
-                client.trim(offset, PIECE)
-                del written[offset]
-            poll("room again", lambda: took(client, 0, b"r" * PIECE))
+            trim_half(client, written)
+            client.write(0, b"r" * PIECE)
             written[0] = b"r" * PIECE
             client.flush()
             check(client, written)
             client.close()
 
 
-def test_a_full_disk_under_the_local_replica_is_an_error_not_an_end(tmp_path: Path) -> None:
+def test_a_full_disk_under_the_local_replica_makes_writes_wait(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     disk, source = tmp_path / "disk", random.Random(8)
@@ -223,18 +282,20 @@ def test_a_full_disk_under_the_local_replica_is_an_error_not_an_end(tmp_path: Pa
         (disk / "replica").mkdir()
         (tmp_path / "replica0").symlink_to(disk / "replica")
         with cluster(tmp_path, replicas=1, size="64M", local=True) as made:
+            written, waits = fill(made, source)
+            assert waits is not None
             client = NbdClient(made.nbd)
-            written, error = fill(client, source)
-            assert error == errno.ENOSPC
             check(client, written)
-            client.trim(0, 8 * PIECE)
-            for offset in range(0, 8 * PIECE, PIECE):
-                del written[offset]
-            poll("room again", lambda: took(client, 0, b"r" * PIECE))
-            written[0] = b"r" * PIECE
+            cookie = client.send(READ, waits.offset, PIECE)
+            trim = NbdClient(made.nbd)
+            trim_half(trim, written)
+            waits.done()
+            assert client.receive({cookie: PIECE}) == (cookie, 0, waits.data)
+            written[waits.offset] = waits.data
             client.flush()
             check(client, written)
             assert made.status()["health"] == "healthy"
+            trim.close()
             client.close()
     finally:
         subprocess.run(["umount", str(disk)], check=True, timeout=30)

@@ -7,8 +7,6 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-import pytest
-
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
 from replication import membership
 from replication.authority import IN_SYNC, OUT

@@ -9,6 +9,7 @@ import errno
 import pytest
 
 from protocol import replica as wire
+from protocol.errors import BlockdError, StateError
 from protocol.units import BLOCK_BYTES
 from replication import room
 from replication.authority import IN_SYNC, OUT
@@ -16,6 +17,7 @@ from tests.replication.virtual_replica import Fault
 from tests.replication.world import World
 
 BLOCK = b"\xa5" * BLOCK_BYTES
+ZEROS = bytes(BLOCK_BYTES)
 OTHER = b"\x5a" * BLOCK_BYTES
 
 
@@ -71,11 +73,112 @@ def test_reads_and_trims_go_on_and_an_overlapping_trim_keeps_its_place() -> None
     world.settle()
     assert trim.error == 0
     assert read.result == bytes(2 * BLOCK_BYTES) + BLOCK * 2
-    assert not write.answered and not overlapping.answered
+    assert not write.answered
+    assert not overlapping.answered
     world.make_room("r1")
     world.settle()
     assert (write.error, overlapping.error) == (0, 0)
     assert world.replicas["r1"].block(10) is None
+    world.check_members()
+
+
+def test_a_read_of_blocks_whose_write_waits_is_never_older_than_one_before_it() -> None:
+    world = World(2)
+    fill(world, "r1", first_block=10)
+    write = world.write(10 * BLOCK_BYTES, BLOCK)
+    world.read(0, BLOCK_BYTES)
+    world.settle()
+    reads = []
+    for link in world.engine.links.values():
+        world.engine.reader = link
+        reads.append(world.read(10 * BLOCK_BYTES, BLOCK_BYTES))
+        reads.append(world.read(0, BLOCK_BYTES))
+    world.settle()
+    assert [read.result for read in reads if read.answered] == [BLOCK, ZEROS, ZEROS]
+    world.make_room("r1")
+    world.settle()
+    assert write.error == 0
+    assert reads[2].result == BLOCK
+
+
+def test_extents_wait_for_changes_of_their_blocks() -> None:
+    world = World(2)
+    fill(world, first_block=10)
+    world.write(10 * BLOCK_BYTES, BLOCK)
+    world.settle()
+    waits, free = world.ask_extents(0, 20 * BLOCK_BYTES), world.ask_extents(0, 5 * BLOCK_BYTES)
+    world.settle()
+    assert not waits.answered
+    assert free.result == [(5, False)]
+    for uuid in world.replicas:
+        world.make_room(uuid)
+    world.settle()
+    assert waits.result == [(10, False), (1, True), (9, False)]
+
+
+def test_a_snapshot_under_way_when_a_disk_fills_up_is_the_same_everywhere() -> None:
+    world = World(2)
+    fill(world, "r1", first_block=10)
+    for uuid in world.replicas:
+        world.pipes[uuid].stalled = True
+    write = world.write(10 * BLOCK_BYTES, BLOCK)
+    outcome = world.snapshot("s")
+    trim = world.zero(0, BLOCK_BYTES)
+    for uuid in world.replicas:
+        world.pipes[uuid].stalled = False
+    world.settle()
+    assert not trim.answered  # it comes after the snapshot
+    assert outcome == []
+    world.make_room("r1")
+    world.settle()
+    assert outcome == [None]
+    assert (write.error, trim.error) == (0, 0)
+    assert world.replicas["r1"].layers[1].blocks == {10: BLOCK}
+    world.check_members()
+
+
+def test_a_snapshot_or_revert_on_a_full_disk_is_refused_and_deleting_goes_on() -> None:
+    world = World(2)
+    world.snapshot("old")
+    world.settle()
+    fill(world, "r1", first_block=10)
+    world.write(10 * BLOCK_BYTES, BLOCK)
+    world.settle()
+    made = world.snapshot("s")
+    reverted: list[BlockdError | None] = []
+    removed: list[BlockdError | None] = []
+    world.structure.revert("old", reverted.append)
+    world.structure.remove("old", removed.append)
+    world.structure.forget_folded()
+    world.settle()
+    assert isinstance(made[0], StateError)
+    assert "no space" in str(made[0])
+    assert isinstance(reverted[0], StateError)
+    assert removed == [None]
+    world.make_room("r1")
+    world.settle()
+    world.check_members()
+
+
+def test_a_rebuild_from_a_full_member_gets_what_waits_there() -> None:
+    world = World(3)
+    world.lose("r2")
+    world.settle()
+    for number in range(0, 60, 7):
+        world.write(number * BLOCK_BYTES, OTHER)
+    world.settle()
+    world.reconnect("r2")
+    fill(world, "r0", first_block=10)
+    writes = [world.write(number * BLOCK_BYTES, BLOCK) for number in (11, 20, 50)]
+    world.settle()
+    outcome = world.rebuild("r2")
+    world.settle()
+    world.clock.advance(1)
+    world.settle()
+    world.make_room("r0")
+    world.settle()
+    assert outcome == [None]
+    assert [write.error for write in writes] == [0, 0, 0]
     world.check_members()
 
 
@@ -171,7 +274,8 @@ def test_a_partial_write_waits_like_any_other() -> None:
     partial = world.write(BLOCK_BYTES + 5, b"abc")
     long = world.write(8 * BLOCK_BYTES + 5, b"x" * 3 * BLOCK_BYTES)
     world.settle()
-    assert not partial.answered and not long.answered
+    assert not partial.answered
+    assert not long.answered
     world.make_room("r0")
     world.settle()
     assert (partial.error, long.error) == (0, 0)

@@ -30,6 +30,12 @@ from tests.replication.virtual_layers import VirtualLayers
 
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 ANSWERS = {wire.READ: ("read", wire.DATA), wire.EXTENTS: ("extents", wire.EXTENT_LIST)}
+STRUCTURAL = ("seal", "revert")
+LOOKING = (*STRUCTURAL, "zones", "stamps", "layer_regions", "layer_check")
+
+Parked = tuple[int, int, int, bytes | Callable[[], bytes] | None]
+"""sequence, first block, count, and the data (None: zeros) or what comes after it"""
+
 Fault = Callable[[int, int, int], int]
 """(operation, offset, length) of a WRITE, ZERO or READ to an errno, 0 = go on"""
 
@@ -52,7 +58,7 @@ class VirtualReplica(VirtualLayers):
         self.violations: list[str] = []
         self.fault: Fault = no_fault
         self.nonsense: dict[str, bytes] = {}  # operation or control word: payload of its answer
-        self.parked: list[tuple[int, int, int, bytes | None]] = []  # sequence, first, count, data
+        self.parked: list[Parked] = []
         self.newest = 0
         self.flush_fails = False
         self.corrupt: set[int] = set()
@@ -136,10 +142,17 @@ class VirtualReplica(VirtualLayers):
     def make_room(self) -> bytes:
         """The disk is not full any more: what waited is applied; the answer."""
         self.fault = no_fault
-        for sequence, first, count, data in self.parked:
-            self._apply(sequence, first, count, data)
-        self.parked = []
-        return self._applied(self.newest)
+        parked, self.parked = self.parked, []
+        answers = b""
+        for sequence, first, count, data in parked:
+            if callable(data):
+                answers += data()
+            else:
+                self._apply(sequence, first, count, data)
+        return answers + self._applied(self.newest)
+
+    def _overlaps_parked(self, first: int, count: int) -> bool:
+        return any(other < first + count and first < other + n for _, other, n, _ in self.parked)
 
     @staticmethod
     def _refuse(sequence: int, error: BlockdError) -> bytes:
@@ -177,11 +190,7 @@ class VirtualReplica(VirtualLayers):
         code = self.fault(operation, first * BLOCK_BYTES, count * BLOCK_BYTES)
         if code and code != errno.ENOSPC:
             return self._refuse(sequence, StorageError("no", errno=code))
-        overlaps = any(
-            other_first < first + count and first < other_first + other_count
-            for _, other_first, other_count, _ in self.parked
-        )
-        if code or overlaps or (self.parked and data is not None):
+        if code or self._overlaps_parked(first, count) or (self.parked and data is not None):
             self.parked.append((sequence, first, count, data))
             return b"" if len(self.parked) > 1 else wire.frame(wire.FULL, sequence, argument=code)
         self._apply(sequence, first, count, data)
@@ -195,8 +204,27 @@ class VirtualReplica(VirtualLayers):
             block = data and data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
             head[first + index] = block or None
 
+    def _must_wait(self, frame: wire.Frame) -> bool:
+        """Would it see that parked changes are missing?"""
+        operation, _, length, offset, _, argument, payload = frame
+        if operation == wire.READ and not argument:
+            return any(map(self._overlaps_parked, *wire.read_ranges(payload)))
+        if operation == wire.EXTENTS and not argument:
+            return self._overlaps_parked(offset // BLOCK_BYTES, length // BLOCK_BYTES)
+        if operation in (wire.LAYER_READ, wire.LAYER_HASH, wire.LAYER_WRITE, wire.MEND):
+            return self._overlaps_parked(offset & 0xFFFFFFFF, frame[1])
+        return operation == wire.CONTROL and wire.json_content(payload)["do"] in LOOKING
+
     def _other(self, frame: wire.Frame) -> bytes:
         operation, _, length, offset, sequence, argument, payload = frame
+        if self.parked and self._must_wait(frame):
+            kept = (*frame[:6], memoryview(bytes(payload)) if payload is not None else None)
+            structural = (
+                operation == wire.CONTROL and wire.json_content(payload)["do"] in STRUCTURAL
+            )
+            count = 1 << 40 if structural else 0
+            self.parked.append((sequence, 0, count, lambda: self._other(kept)))
+            return b""
         name, answer = ANSWERS.get(operation, ("", 0))
         if operation == wire.CONTROL:
             name, answer = wire.json_content(payload)["do"], wire.ANSWER
