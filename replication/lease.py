@@ -58,7 +58,10 @@ class Lease:
             self.until, self.renew_at = oldest + LEASE_SECONDS, oldest + RENEW_SECONDS
         else:
             self.until = self.renew_at = FOREVER
-        if self._waiting and self._engine.now() < self.until:
+        if self._waiting and self._engine.now() >= self.until:
+            if not self._pinged_at and all(link.connected for link in members):
+                self.renew()  # what was confirmed is too old by now
+        elif self._waiting:
             waiting, self._waiting = self._waiting, []
             for reads in waiting:
                 self._engine.send_reads(reads)

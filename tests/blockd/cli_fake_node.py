@@ -162,5 +162,15 @@ def replica_view(
         "address": f"unix:/run/blockd/{replica_id[:8]}.sock",
         "path": f"/var/lib/blockd/replicas/data/{replica_id}",
         "pid": 4712,
-        "rebuild_fraction": fraction,
+        "rebuild": rebuild_view(fraction) if fraction is not None else None,
+    }
+
+
+def rebuild_view(fraction: float, seconds_left: float | None = 200.0) -> dict[str, Any]:
+    """A rebuild as the API shows it."""
+    return {
+        "fraction": fraction,
+        "total_bytes": 1 << 30,
+        "copied_bytes": int(fraction * (1 << 30)),
+        "seconds_left": seconds_left,
     }

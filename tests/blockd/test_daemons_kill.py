@@ -186,7 +186,7 @@ def test_a_clean_stop_of_everything_needs_no_rebuild(tmp_path: Path) -> None:
         status = made.status()
         assert status["health"] == "healthy"
         assert status["epoch"] > epoch
-        assert [member["rebuild_fraction"] for member in status["members"]] == [None] * 3
+        assert [member["rebuild"] for member in status["members"]] == [None] * 3
         assert states(made) == ["IN_SYNC"] * 3
         assert all(replica.must("status")["clean_start"] for replica in made.replicas)
         for _ in range(4):

@@ -17,7 +17,7 @@ VOLUME_FIELDS = {
     *("frontend", "device", "nbd_uri", "mount", "epoch", "pid", "message", "created"),
     *("replicas", "snapshots"),
 }
-REPLICA_FIELDS = {"id", "state", "address", "path", "pid", "rebuild_fraction"}
+REPLICA_FIELDS = {"id", "state", "address", "path", "pid", "rebuild"}
 SNAPSHOT_FIELDS = {"id", "name", "created", "labels"}
 
 
@@ -50,12 +50,23 @@ def test_a_volume_goes_through_its_life_over_the_api(api: httpx.Client) -> None:
     assert api.get("/v1/volumes").json() == []
 
 
-def test_the_wait_before_a_rebuild_can_be_changed(api: httpx.Client) -> None:
+def test_how_replicas_are_kept_can_be_changed(api: httpx.Client) -> None:
     api.post("/v1/volumes", json={"name": "data", "size_bytes": 64 * MIB, "replicas": 1})
-    changed = api.patch("/v1/volumes/data/settings", json={"rebuild_wait_seconds": 3600})
-    assert (changed.status_code, changed.json()["rebuild_wait_seconds"]) == (200, 3600)
+    fields = {"rebuild_wait_seconds": 3600, "rebuild_bandwidth": 1 << 20}
+    changed = api.patch("/v1/volumes/data/settings", json=fields)
+    assert changed.status_code == 200
+    assert changed.json().items() >= fields.items()
+    changed = api.patch("/v1/volumes/data/settings", json={"rebuild_bandwidth": None})
     assert api.get("/v1/volumes/data").json()["rebuild_wait_seconds"] == 3600
-    for body in ({"rebuild_wait_seconds": -1}, {"replicas": 2}, {}):
+    assert changed.json()["rebuild_bandwidth"] is None
+    for body in (
+        {"rebuild_wait_seconds": -1},
+        {"rebuild_bandwidth": 50},
+        {"min_in_sync": 0},
+        {"min_in_sync": 2},
+        {"replicas": 2},
+        {},
+    ):
         assert api.patch("/v1/volumes/data/settings", json=body).status_code == 400
     assert (
         api.patch("/v1/volumes/none/settings", json={"rebuild_wait_seconds": 1}).status_code == 404

@@ -55,7 +55,6 @@ def test_a_second_replica_is_added_and_the_first_gets_a_daemon_at_the_next_start
     view = node.attach("data")
     write(view, CONTENT, tmp_path / "in")
     node.operations.replica_add("data", WAIT_SECONDS)
-    node.operations.rebuild("data", None, WAIT_SECONDS)
     node.until_healthy("data", 2)
     assert node.view("data").pid == view.pid, "nobody was disturbed"
     local, added = _local(node)
@@ -75,7 +74,6 @@ def test_a_volume_daemon_killed_with_a_second_replica_leaves_both_to_daemons(
     view = node.attach("data")
     write(view, CONTENT, tmp_path / "in")
     node.operations.replica_add("data", WAIT_SECONDS)
-    node.operations.rebuild("data", None, WAIT_SECONDS)
     node.until_healthy("data", 2)
     os.kill(view.pid or 0, signal.SIGKILL)
     until(lambda: node.view("data").pid not in (None, view.pid), "a new volume daemon")
@@ -117,7 +115,6 @@ def test_the_local_replica_can_be_the_one_that_goes_while_requests_run(
     view = node.attach("data")
     write(view, CONTENT, tmp_path / "in")
     node.operations.replica_add("data", WAIT_SECONDS)
-    node.operations.rebuild("data", None, WAIT_SECONDS)
     node.until_healthy("data", 2)
     load = subprocess.Popen(
         [

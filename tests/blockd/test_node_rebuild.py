@@ -1,78 +1,105 @@
-"""Proves that replicas of one volume are rebuilt one after the other, and that whoever asked for a
-rebuild waits for its turn instead of giving up: in the command line and in the node service."""
+"""Proves that replicas are made equal without being asked to, several at a time, that a request
+makes it happen at once, and that what the user wants of rebuilds reaches the volume daemon.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from blockd.cli import main
-from blockd.cli import replica as replica_commands
 from blockd.node import control, reconcile_members
 from blockd.node.control import Answer
-from protocol.errors import StateError
-from tests.blockd.cli_fake_node import FakeNode, replica_view, serving_unix, volume_view
-from tests.blockd.node_harness import NodeHarness, until
+from protocol.errors import RequestError, StateError
+from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, read, until, write
 
-OTHER = "3f2a9c10-0000-4000-8000-000000000001"
-ASKED = "3f2b77de-0000-4000-8000-000000000002"
+CONTENT = os.urandom(MIB)
 
 
-@pytest.mark.parametrize(("other_ends", "code"), [("IN_SYNC", 0), ("OUT", 6)])
-def test_a_rebuild_waits_for_its_turn_however_long_the_other_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_ends: str, code: int
+def states(node: NodeHarness) -> list[str]:
+    return [replica.state for replica in node.view("data").replicas]
+
+
+def status(node: NodeHarness) -> Answer:
+    """What the volume daemon says."""
+    volume = node.view("data")
+    sockets = node.service.context.home.socket_directory("data", volume.uid)
+    return control.status(sockets / "volume.control")
+
+
+def test_replicas_that_were_away_come_back_in_sync_by_themselves(
+    node: NodeHarness, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(replica_commands, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(replica_commands, "START_SECONDS", 0.0)  # no time to start but in its turn
-    turns = [("SYNCING", "OUT")] * 5
-    turns += [("IN_SYNC", "SYNCING"), ("IN_SYNC", "IN_SYNC")] if code == 0 else [("OUT", "OUT")]
-    views = [
-        volume_view(replicas=[replica_view(OTHER, other), replica_view(ASKED, asked)])
-        for other, asked in turns
-    ]
-    with serving_unix(tmp_path / "blockd.sock") as fake:
-        fake.answer("POST", "/v1/volumes/data/rebuild", volume_view())
-        fake.answer("GET", "/v1/volumes/data", *views)
-        command = ["replica", "rebuild", "data", "--replica", ASKED, "--timeout", "5"]
-        assert main(["--home", str(tmp_path), *command, "-o", "json"]) == code
-        assert _count(fake) == len(views)
+    node.create("data", replicas=3, rebuild_wait_seconds=3600)
+    write(node.attach("data"), CONTENT, tmp_path / "in")
+    before = node.view("data")
+    for replica in before.replicas[:2]:
+        os.kill(replica.pid or 0, signal.SIGKILL)
+    write(before, CONTENT[::-1], tmp_path / "in")
+    node.until_healthy("data", 3)
+    after = node.view("data")
+    assert [replica.id for replica in after.replicas] == [r.id for r in before.replicas]
+    os.kill(after.replicas[2].pid or 0, signal.SIGKILL)
+    assert read(after, tmp_path / "out")[:MIB] == CONTENT[::-1]
 
 
-def test_the_progress_says_whose_turn_it_is() -> None:
-    assert replica_commands.turn_text([OTHER], {ASKED}) == "3f2a9c10, 1 waits"
-    assert replica_commands.turn_text([ASKED], {ASKED}) == "3f2b77de"
-    assert replica_commands.turn_text([], {ASKED, OTHER}) == "2 wait"
-
-
-def test_a_rebuild_that_cannot_start_at_once_stays_due(
+def test_a_request_is_taken_even_if_it_cannot_be_done_at_once(
     node: NodeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.create("data", replicas=2, rebuild_wait_seconds=3600)
-    view = node.attach("data")
-    os.kill(view.replicas[0].pid or 0, signal.SIGKILL)
-    until(lambda: node.view("data").replicas[0].state == "OUT", "out")
-    until(lambda: node.view("data").replicas[0].connected, "its daemon is back")
-    until(
-        lambda: "blockd replica rebuild data" in (node.view("data").replicas[0].message or ""),
-        "it says when the rebuild begins, and how to begin it now",
-    )
-    refused: list[str] = []
+    lost = node.attach("data").replicas[0]
+    asked: list[str] = []
     ask = control.ask
 
     def busy(path: Path, command: str, **arguments: object) -> Answer:
-        if command == "rebuild" and len(refused) < 2:
-            refused.append(command)
-            raise StateError("snapshot x is under way; try again when it has ended")
+        if command == "rebuild":
+            asked.append(command)
+            raise StateError("the replica is not connected")
         return ask(path, command, **arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reconcile_members.control, "ask", busy)
-    node.operations.rebuild("data", None, 5.0)
+    path = Path(lost.path)
+    path.rename(path.with_suffix(".away"))
+    os.kill(lost.pid or 0, signal.SIGKILL)
+    until(lambda: "OUT" in states(node), "out")
+    path.with_suffix(".away").rename(path)
+    until(lambda: node.view("data").replicas[0].pid, "its daemon runs")
+    node.operations.rebuild("data", None, WAIT_SECONDS)
     node.until_healthy("data", 2)
-    assert len(refused) == 2
 
 
-def _count(fake: FakeNode) -> int:
-    return sum(asked.method == "GET" for asked in fake.asked)
+def test_what_the_user_wants_reaches_the_volume_daemon(node: NodeHarness) -> None:
+    node.create("data", replicas=2)
+    node.attach("data")
+    node.operations.change("data", {"min_in_sync": 2, "rebuild_bandwidth": 1 << 20})
+    volume = node.view("data")
+    assert (volume.min_in_sync, volume.rebuild_bandwidth) == (2, 1 << 20)
+    until(lambda: status(node)["min_in_sync"] == 2, "it is in the record")
+    assert status(node)["rebuild_bandwidth"] == 1 << 20
+    with pytest.raises(RequestError, match="above the 2 replicas"):
+        node.operations.change("data", {"min_in_sync": 3})
+
+
+def test_with_too_few_in_sync_writes_wait_and_the_volume_says_so(
+    node: NodeHarness, tmp_path: Path
+) -> None:
+    node.create("data", replicas=2, rebuild_wait_seconds=3600)
+    lost = node.attach("data").replicas[0]
+    node.operations.change("data", {"min_in_sync": 2})
+    until(lambda: status(node)["min_in_sync"] == 2, "it is in the record")
+    path = Path(lost.path)
+    path.rename(path.with_suffix(".away"))
+    os.kill(lost.pid or 0, signal.SIGKILL)
+    until(lambda: "1 of at least 2 replicas" in (node.view("data").message or ""), "it says so")
+    writing = threading.Thread(target=write, args=(node.view("data"), CONTENT, tmp_path / "in"))
+    writing.start()
+    until(lambda: status(node)["counters"]["writes"] > 0, "the write is under way")
+    assert writing.is_alive()
+    assert read(node.view("data"), tmp_path / "out")[:MIB] == CONTENT, "it is only not answered"
+    path.with_suffix(".away").rename(path)
+    writing.join(WAIT_SECONDS)
+    assert not writing.is_alive()
+    node.until_healthy("data", 2)

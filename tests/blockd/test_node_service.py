@@ -197,9 +197,8 @@ def test_replicas_are_added_rebuilt_and_removed(node: NodeHarness, tmp_path: Pat
         node.operations.replica_remove("data", first.id, WAIT_SECONDS)
     write(node.attach("data"), CONTENT, tmp_path / "in")
     view = node.operations.replica_add("data", WAIT_SECONDS)
-    assert sorted(replica.state for replica in view.replicas) == ["IN_SYNC", "OUT"]
-    assert (view.replica_count, view.health) == (2, "degraded")
-    node.operations.rebuild("data", None, WAIT_SECONDS)
+    assert [replica.id for replica in view.replicas][0] == first.id
+    assert view.replica_count == 2
     node.until_healthy("data", 2)
     view = node.operations.replica_remove("data", first.id, WAIT_SECONDS)
     assert view.replica_count == 1
@@ -211,7 +210,6 @@ def test_replicas_are_added_rebuilt_and_removed(node: NodeHarness, tmp_path: Pat
 def test_a_detached_volume_is_rebuilt_too_and_its_daemon_stops_after(node: NodeHarness) -> None:
     node.create("data", rebuild_wait_seconds=3600)
     node.operations.replica_add("data", WAIT_SECONDS)
-    node.operations.rebuild("data", None, WAIT_SECONDS)
     node.until_healthy("data", 2)
     until(lambda: _volume_daemons(node) == [], "the volume daemon is stopped")
     assert node.view("data").state == "detached"
