@@ -80,6 +80,7 @@ class Link:
         "reads",
         "reads_total",
         "rebuild",
+        "repaired_blocks",
         "replica_uuid",
         "state",
     )
@@ -105,6 +106,7 @@ class Link:
         self.rebuild: Rebuild | None = None
         self.reads_total = 0
         self.errors = 0
+        self.repaired_blocks = 0
 
     def take_answered(self, first: int, count: int) -> Reads:
         """Remove and return the reads with these sequences; WireError if not asked together."""

@@ -262,7 +262,8 @@ class _Job:
         self._locked = False
         self._digests: dict[Link, bytes] = {}
         self._failure: BlockdError | None = None
-        self._second = False
+        self._second = False  # after repairs
+        self._found = 0  # bad blocks
 
     def start(self) -> None:
         """Hold the blocks if they can be written, then hash."""
@@ -318,13 +319,17 @@ class _Job:
             self._scrub.job_failed(self._failure or PeerError("all replicas were lost"))
             return
         values = list(self._digests.values())
-        if values.count(values[0]) == len(values) and BAD_DIGEST not in values[0]:
-            self._scrub.job_ended(self._layer, self._count)
-        else:
-            self._judge()
+        bad: list[tuple[Link, int]] = []
+        if values.count(values[0]) < len(values) or BAD_DIGEST in values[0]:
+            bad = self._judge()
+        if bad and not self._second:
+            self._repair(bad)
+            return
+        self._scrub.report.repaired_blocks += self._found - len(bad)
+        self._scrub.job_ended(self._layer, self._count)
 
-    def _judge(self) -> None:
-        """Which blocks are bad, and which differ."""
+    def _judge(self) -> list[tuple[Link, int]]:
+        """Which blocks are bad, and, noted in the report, which differ."""
         report, bad = self._scrub.report, []
         for number in range(self._count):
             at = number * DIGEST_BYTES
@@ -339,16 +344,11 @@ class _Job:
                     for link in others:
                         report.found(link, 1)
                 self._scrub.differ(others)
-        if self._second:
-            report.repaired_blocks -= len(bad)  # they were said to be repaired
-        elif bad:
-            self._repair(bad)
-            return
-        self._scrub.job_ended(self._layer, self._count)
+        return bad
 
     def _repair(self, bad: list[tuple[Link, int]]) -> None:
         report = self._scrub.report
-        left = len(bad)
+        left = self._found = len(bad)
         report.bad_blocks += left
 
         def next_view(link: Link, block: int, views: list[int]) -> None:
@@ -359,7 +359,6 @@ class _Job:
                 if not count and len(views) > 1:
                     next_view(link, block, views[1:])
                     return
-                report.repaired_blocks += count
                 left -= 1
                 if not left:
                     self._second = True

@@ -234,3 +234,19 @@ def replica_named(volume: Json, text: str) -> str:
 def refuse(message: str) -> NoReturn:
     """Raise the error of a command line that cannot be carried out."""
     raise RequestError(message)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on a terminal; gives the function that takes the share done and a note."""
+    if not sys.stderr.isatty():
+        yield lambda fraction, note: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda fraction, note: bar.update(
+            task, completed=fraction, description=f"{what} {note}".rstrip()
+        )

@@ -200,6 +200,22 @@ def bare_snapshot_name(snapshot: Json) -> str:
     return str(snapshot.get("name")).rpartition("@")[2]
 
 
+def verify_table(view: Json) -> None:
+    """What a verification found, in total and by replica."""
+    report = view["verify"]
+    facts = {
+        "checked": size_text(report["checked_blocks"] * 4096),
+        "layers": report["layers"],
+        "bad blocks": report["bad_blocks"],
+        "repaired": report["repaired_blocks"],
+        "not repaired": report["unrepaired_blocks"],
+        "differing blocks": report["differing_blocks"],
+    }
+    for replica, count in report["members"].items():
+        facts[f"on replica {replica}"] = f"{count} bad or differing"
+    pairs(facts)
+
+
 def rebuild_text(rebuild: Json | None) -> str:
     """How far a rebuild is, for people: 42%, 3 min left."""
     if not rebuild:

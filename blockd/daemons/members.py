@@ -7,6 +7,7 @@ if its machine has not been rebooted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockd.daemons import opening, process
@@ -20,6 +21,7 @@ from replication.link import Link
 from replication.pace import Pace
 from replication.rebuild import Rebuild
 from replication.returning import come_back
+from replication.scrub import Report, Scrub
 from replication.watch import LOOK_SECONDS, Watch
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Members:
         self._resync_at: dict[str, float] = {}
         self._resync_delay: dict[str, float] = {}
         self._in_sync_since: dict[str, float] = {}
+        self.verified: Report | None = None  # the last or running verification
+        engine.repairs.on_event = process.log
         engine.on_lost = self._lost
         for replica_uuid, member in opened.record.members.items():
             link = Link(replica_uuid, member.address, member.state)
@@ -210,7 +214,7 @@ class Members:
         self._rebuild(link)
 
     def _rebuild(self, link: Link) -> None:
-        pace = Pace(self._engine.latency, self._loop.later, lambda: self.bytes_per_second)
+        pace = Pace(self._engine.latency, self._later, lambda: self.bytes_per_second)
 
         def done(error: BlockdError | None) -> None:
             copied = rebuild.copied_bytes >> 20
@@ -219,3 +223,29 @@ class Members:
 
         rebuild = Rebuild(self._engine, link, done, pace)
         rebuild.start()
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call something later and send what it has queued."""
+
+        def run() -> None:
+            call()
+            self._daemon.send_everything()
+
+        self._loop.later(seconds, run)
+
+    # ---- verifying ------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Begin to compare all members, block by block; `verified` is its report."""
+
+        def done(report: Report) -> None:
+            process.log(
+                f"verified {report.checked_blocks} blocks in {report.seconds:.0f} s: "
+                f"{report.bad_blocks} bad, {report.repaired_blocks} repaired, "
+                f"{report.differing_blocks} differing"
+                + (f"; ended early: {report.error}" if report.error else "")
+            )
+
+        scrub = Scrub(self._engine, done, Pace(self._engine.latency, self._later))
+        scrub.start()
+        self.verified = scrub.report

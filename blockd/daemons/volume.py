@@ -190,9 +190,17 @@ class VolumeDaemon:
 
     def _drain(self) -> None:
         engine = self.engine
-        if engine.pending or engine.locks.held or self.structure.busy or engine.rebuilds:
+        if (
+            engine.pending
+            or engine.locks.held
+            or self.structure.busy
+            or engine.rebuilds
+            or engine.scrub
+        ):
             for rebuild in list(engine.rebuilds):
                 rebuild.abort("the volume daemon stops")
+            if engine.scrub is not None:
+                engine.scrub.abort("the volume daemon stops")
             self.send_everything()
             self.loop.later(0.02, self._drain)
             return

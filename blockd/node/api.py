@@ -268,6 +268,14 @@ def rebuild(
     return operations.rebuild(name, (data or RebuildBody()).replica, wait)
 
 
+@post("/v1/volumes/{name:str}/verify", status_code=200, sync_to_thread=True)
+def verify(
+    operations: Ops, name: FromPath[str], data: JSONBody[EmptyBody | None] = None
+) -> VolumeView:
+    """Begin to verify all replicas; `verify` of the volume shows how far it is."""
+    return operations.verify(name)
+
+
 HANDLERS = [
     version,
     status,
@@ -291,6 +299,7 @@ HANDLERS = [
     replica_add,
     replica_delete,
     rebuild,
+    verify,
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from blockd.frontends import check as check_front_end
 from blockd.frontends import choose
-from blockd.node import mounts
+from blockd.node import control, mounts
 from blockd.node.context import SNAPSHOT_FINALIZER, VOLUME_FINALIZER, Context
 from blockd.node.objects import (
     BLOCK_SIZES,
@@ -377,6 +377,18 @@ class Operations:
             return all(i is None or i.status.rebuild_id == request for i in items)
 
         self._await(item, started, wait_seconds, "rebuilding")
+        return self.volume(volume)
+
+    def verify(self, volume: str) -> VolumeView:
+        """Begin to check and compare every block of an attached volume on all its replicas."""
+        item = self._volume(volume)
+        daemon = self._context.volume_daemon(item, [])
+        if not item.spec.attached or not daemon.control.exists():
+            raise ConflictError(
+                f"volume {volume} is not attached, and its volume daemon compares the replicas; "
+                f"attach it first: `blockd volume attach {volume}`"
+            )
+        control.ask(daemon.control, "verify")
         return self.volume(volume)
 
     # -- helpers --------------------------------------------------------------------------------

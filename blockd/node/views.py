@@ -27,6 +27,23 @@ class RebuildView(msgspec.Struct):
     seconds_left: float | None
 
 
+class VerifyView(msgspec.Struct):
+    """A verification that runs or has run. Blocks of 4 KiB are counted once per replica that has
+    them: bad ones do not match their checksum, differing ones do but are not like the others."""
+
+    running: bool
+    layers: int
+    checked_blocks: int
+    total_blocks: int
+    bad_blocks: int
+    repaired_blocks: int
+    unrepaired_blocks: int
+    differing_blocks: int
+    seconds: float
+    error: str | None
+    members: dict[str, int]
+
+
 class ReplicaView(msgspec.Struct):
     """One copy. `state` is the member state, or NEW before it is a member.
 
@@ -82,6 +99,7 @@ class VolumeView(msgspec.Struct):
     labels: dict[str, str]
     replicas: list[ReplicaView]
     snapshots: list[SnapshotView]
+    verify: VerifyView | None
 
 
 def volume_view(context: Context, volume: Volume) -> VolumeView:
@@ -120,6 +138,7 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         labels=volume.metadata.labels,
         replicas=replicas,
         snapshots=snapshot_views(context, name),
+        verify=msgspec.convert((answer or {}).get("verify"), VerifyView | None),
     )
 
 

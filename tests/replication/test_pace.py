@@ -27,7 +27,7 @@ class Bench:
         self.pace = Pace(self.latency, bytes_per_second=lambda: self.cap)
         for _ in range(50):
             self.request(USUAL)
-        self.latency.rebuilding = True
+        self.latency.contended = True
 
     def request(self, seconds: float) -> None:
         began = self.time
