@@ -39,12 +39,14 @@ class Member:
     """One replica as the authority knows it.
 
     `out_at`: the configuration in which it ceased to be in sync; 0: it never was. What changed in
-    that configuration or later, and what was not stable then, it may not have.
+    that configuration or later, and what was not stable then, it may not have. `in_epoch`: the last
+    epoch in which it was in sync while requests were answered.
     """
 
     state: str
     address: str
     out_at: int = 0
+    in_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class LayerRecord:
 class Record:
     """All the authority keeps of one volume.
 
-    `clean`: the last volume daemon closed everything; the members are equal. `pending` names a
+    `clean`: the last volume daemon closed everything; the members are equal. `served_epoch` is the
+    last epoch in which requests were answered, 0 before the first; who was in sync then, has
+    promised it. `pending` names a
     revert that was decided and may not have reached every member. `stamp` names the change that
     made this record, so that its author knows it again if the answer of the swap was lost.
     """
@@ -73,6 +77,7 @@ class Record:
     size_bytes: int
     members: Mapping[str, Member]
     epoch: int = 0
+    served_epoch: int = 0
     config_seq: int = 0
     min_in_sync: int = 1  # with fewer members in sync nothing is acknowledged
     layers: tuple[LayerRecord, ...] = ()
@@ -92,9 +97,17 @@ class Record:
                 f"replica {replica_uuid} is no member of volume {self.volume_name} any more"
             )
         config_seq = self.config_seq + 1
-        out_at = config_seq if member.state == IN_SYNC else member.out_at
-        changed = {**self.members, replica_uuid: replace(member, state=state, out_at=out_at)}
-        return replace(self, members=changed, config_seq=config_seq)
+        changed = replace(member, state=state)
+        if member.state == IN_SYNC:
+            changed = replace(changed, out_at=config_seq, in_epoch=self.served_epoch)
+        members = {**self.members, replica_uuid: changed}
+        return replace(self, members=members, config_seq=config_seq)
+
+    def as_stranger(self, replica_uuid: str) -> Record:
+        """The record with one member OUT of which nothing is known to be equal."""
+        record = self.with_state(replica_uuid, OUT)
+        member = replace(record.members[replica_uuid], out_at=0)
+        return replace(record, members={**record.members, replica_uuid: member})
 
     def layer_named(self, name: str) -> LayerRecord | None:
         """The snapshot of that name; layers without a name are not found by it."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, NotFoundError, PeerError, StateError
 from protocol.units import BLOCKS_PER_REGION
-from replication.authority import IN_SYNC, OUT, Record
+from replication.authority import IN_SYNC, Record
 from replication.copyjobs import BAD_DIGEST, DIGEST_BYTES
 from replication.pace import Pace
 from replication.plan import JOB_BLOCKS
@@ -238,9 +238,7 @@ class Scrub:
         def change(record: Record) -> Record:
             if not any(other is not link for other in self.engine.readers):
                 raise StateError(f"replica {link.replica_uuid} is the last one in sync")
-            record = record.with_state(link.replica_uuid, OUT)
-            member = replace(record.members[link.replica_uuid], out_at=0)
-            return replace(record, members={**record.members, link.replica_uuid: member})
+            return record.as_stranger(link.replica_uuid)
 
         def recorded(error: BlockdError | None) -> None:
             if error is None:

@@ -14,9 +14,10 @@ from blockd.daemons import opening, process
 from blockd.daemons.handshake import Session
 from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
-from protocol.errors import BlockdError, ConflictError
+from protocol.errors import BlockdError, ConflictError, StateError
 from replication import membership
 from replication.authority import IN_SYNC, OUT, SYNCING
+from replication.choosing import is_stranger
 from replication.link import Link
 from replication.pace import Pace
 from replication.rebuild import Rebuild
@@ -32,6 +33,10 @@ RECONNECTS_MAX = 2  # at a time: a host that hangs holds a worker thread for sec
 RESYNC_SECONDS = 1.0  # before a returning member is made equal again; doubled each time
 RESYNC_SECONDS_MAX = 300.0
 STEADY_SECONDS = 60.0  # in sync for so long, a member is as good as new
+
+
+class _Stranger(StateError):
+    """The directory is not the one that took part: it is compared as a whole."""
 
 
 class Members:
@@ -133,6 +138,12 @@ class Members:
             if found != replica_uuid:
                 session.socket.close()
                 raise ConflictError(f"{address} serves replica {found}, not {replica_uuid}")
+            if is_stranger(record, replica_uuid, session.hello):
+                session.socket.close()
+                raise _Stranger(
+                    "its directory is empty or an old copy, not the one that was in sync; put that "
+                    "one back in place"
+                )
             session.hello = session.fence(opening.fence_content(record))
             return session
 
@@ -140,6 +151,10 @@ class Members:
             self._reconnecting.discard(replica_uuid)
             if failure is not None or session is None:
                 link.failure = str(failure)
+                if isinstance(failure, _Stranger) and member.state != IN_SYNC:
+                    self._engine.ledger.change(
+                        lambda record: record.as_stranger(replica_uuid), lambda error: None
+                    )
                 if isinstance(failure, ConflictError):
                     # It refuses our epoch, perhaps: a swap finds out whether we were fenced.
                     self._engine.ledger.change(lambda record: record, lambda error: None)
