@@ -177,7 +177,11 @@ class _Judge:
     ) -> Candidates:
         if era.power_lost:
             durable = [c for c in span.clusters if c.durable <= era.began]
-            values = [c.value for c in span.clusters if not any(map(c.before, durable))]
+            values = [
+                c.value
+                for c in span.clusters
+                if not any(c.before(other) for other in durable if other is not c)
+            ]
             left = Candidates(frozenset(values), True)
             if not durable:
                 left |= span.base

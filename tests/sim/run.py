@@ -165,6 +165,7 @@ class Run:
         daemon = cluster.volumes[0].daemon
         return (
             daemon is not None
+            and not daemon.stopping
             and all(member.state == IN_SYNC for member in record.members.values())
             and len(daemon.engine.readers) == len(record.members)
             and not daemon.engine.rebuilds
