@@ -96,6 +96,7 @@ class Faults:
         network.slow.clear()
         network.unblock(sorted(network.blocked))
         network.window_bytes = 4 << 20
+        network.break_lossy()
         authority = self.cluster.authority
         authority.away = False
         authority.away_for.clear()
@@ -312,12 +313,17 @@ class Faults:
         newest = authority.records.get(VOLUME_UUID)
         if newest is None:
             return False
+        replicas = [m.daemon.service.replica for m in cluster.members if m.daemon is not None]
         olds = [
             record
             for record in authority.history
-            if (record.epoch, record.config_seq) != (newest.epoch, newest.config_seq)
-        ]
-        if not olds or not all(member.daemon for member in cluster.members):
+            if any(
+                record.epoch < replica.metadata.promised_epoch
+                or record.config_seq < replica.config_seq
+                for replica in replicas
+            )
+        ]  # those that somebody can know to be old
+        if not olds or len(replicas) < len(cluster.members):
             return False
         if cluster.network.blocked or cluster.network.slow or self.over:
             return False

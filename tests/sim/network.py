@@ -122,7 +122,7 @@ class VirtualSocket:
             events |= READ
         if self.broken:
             events |= HANGUP | WRITE
-        elif self.pipe is not None and self._room():
+        elif self.pipe is not None and self._room() > 0:
             events |= WRITE
         return events
 
@@ -339,6 +339,12 @@ class Network:
             if end is not None and end.pipe is not None:
                 end.pipe.lossy = True
         self.kernel.at(seconds, None, sock.break_both)
+
+    def break_lossy(self) -> None:
+        """Streams that lose everything break now."""
+        for sock in list(self.sockets.values()):
+            if sock.pipe is not None and sock.pipe.lossy:
+                sock.break_both()
 
     def power_lost(self, host: str) -> list[VirtualSocket]:
         """Streams to a host that vanished: the peers hear nothing."""

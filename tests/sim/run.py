@@ -136,6 +136,7 @@ class Run:
     def _peace(self) -> None:
         self.faults.heal()
         self.kernel.log("world", "peace")
+        self.kernel.run(lambda: False, 3.0)  # what was begun takes its course
         if not self.kernel.run(self._all_well, PEACE_SECONDS):
             record = self.cluster.record
             states = {u: m.state for u, m in record.members.items()} if record else {}
