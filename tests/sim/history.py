@@ -195,7 +195,7 @@ class _Judge:
     @staticmethod
     def _last(clusters: list[Cluster], initial: Candidates, end: float = NEVER) -> Candidates:
         """What may have been there at `end`, given what was answered before that."""
-        sure = [c for c in clusters[1:] if c.answered <= end]
+        sure = [c for c in clusters[1:] if c.answered < NEVER and c.answered <= end]
         new = [c for c in clusters[1:] if c.began <= end]
         values = frozenset(
             c.value for c in new if not any(c.before(other) for other in sure if other is not c)
