@@ -189,7 +189,7 @@ class Client:
         data = bytearray(b"".join(parts))
         assert len(data) == length and volume.daemon is not None
         volume.daemon.engine.write(self, cookie, offset, memoryview(data), fua)
-        if volume.daemon.send_everything():
+        if volume.daemon.send_to_members():
             data[:] = b"\xee" * length  # the next batch arrives in the same buffer
 
     def zero(self, volume: VolumeProcess, offset: int, length: int, fua: bool = False) -> None:
