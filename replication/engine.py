@@ -198,12 +198,18 @@ class Engine(Reading):
         self.flushes_total += 1
         self._answer_after_flush(client, cookie)
 
-    def flush_then(self, done: Callable[[BlockdError | None], None]) -> None:
-        """Flush all targets, then `done(None)`, or `done(error)` if the last copy failed."""
+    def flush_then(
+        self, done: Callable[[BlockdError | None], None], *, for_client: bool = False
+    ) -> None:
+        """Flush all targets, then `done(None)`, or `done(error)` if the last copy failed.
+
+        A client's flush waits while the volume is suspended; a rebuild's must not, because it is
+        what ends that.
+        """
         if not self.readers:
             done(StorageError("no replica in sync is reachable"))
             return
-        flush = _Flush(set(self.targets), done)
+        flush = _Flush(set(self.targets), done, for_client)
         self.flushes.append(flush)
         for link in list(self.targets):
             self._flush_one(flush, link)
@@ -227,7 +233,7 @@ class Engine(Reading):
         self._finish_flush(flush)
 
     def _finish_flush(self, flush: _Flush, error: BlockdError | None = None) -> None:
-        if self.suspended and error is None:
+        if self.suspended and error is None and flush.for_client:
             return  # until there are enough members again
         if flush in self.flushes and (error is not None or not flush.waiting):
             self.flushes.remove(flush)
@@ -383,7 +389,9 @@ class Engine(Reading):
             client.done(cookie, 0)
 
     def _answer_after_flush(self, client: Client, cookie: Any) -> None:
-        self.flush_then(lambda error: client.done(cookie, error.errno if error else 0))
+        self.flush_then(
+            lambda error: client.done(cookie, error.errno if error else 0), for_client=True
+        )
 
     # ---- members --------------------------------------------------------------------------
 
@@ -424,9 +432,12 @@ class Engine(Reading):
 class _Flush:
     """One FLUSH and the targets that have not done it yet."""
 
-    __slots__ = ("asked", "done", "waiting")
+    __slots__ = ("asked", "done", "for_client", "waiting")
 
-    def __init__(self, waiting: set[Link], done: Callable[[BlockdError | None], None]) -> None:
+    def __init__(
+        self, waiting: set[Link], done: Callable[[BlockdError | None], None], for_client: bool
+    ) -> None:
         self.waiting = waiting
+        self.for_client = for_client
         self.asked: dict[Link, int] = {}  # sequence of the FLUSH each was sent
         self.done = done

@@ -61,7 +61,7 @@ class Metadata:
     volume_uuid: str = ""
     volume_name: str = ""
     promised_epoch: int = 0
-    fenced_boot: str = ""  # the boot of the kernel in which it promised that epoch
+    fenced_boot: str = ""  # the boot of the kernel in which its owner called it equal
     config_seq: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     layers: tuple[LayerInfo, ...] = ()

@@ -116,8 +116,8 @@ class Replica(Mending):
 
     # Identity and promises
 
-    def promise(self, epoch: int, boot_id: str = "") -> None:
-        """Durably refuse epochs below this one from now on, and remember in which boot."""
+    def promise(self, epoch: int) -> None:
+        """Durably refuse epochs below this one from now on."""
         promised = self.metadata.promised_epoch
         if epoch < promised:
             raise ConflictError(
@@ -125,7 +125,7 @@ class Replica(Mending):
                 "another volume daemon owns the volume"
             )
         if epoch > promised:
-            self.commit_changes(promised_epoch=epoch, fenced_boot=boot_id)
+            self.commit_changes(promised_epoch=epoch)
 
     @property
     def config_seq(self) -> int:

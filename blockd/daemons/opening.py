@@ -8,7 +8,8 @@ Order, and what a death after each step leaves (replication rules 1, 4, 6, 7, 11
 4. FENCE every reachable member.              Older owners cannot write any more.
 5. Wait for the read lease of an older owner, if a member could not be fenced.
 6. Judge the members (choosing.py), finish what was half done.      Repeated by the next open.
-7. Swap the members that do not stay in sync OUT.                   Now requests may be answered.
+7. Swap the members that do not stay in sync OUT, and tell the others that they are in sync: from
+   then on they count as not rebooted.                              Now requests may be answered.
 
 Members that are only a few changes behind stay in sync: those are repeated before anybody is served
 (VolumeDaemon.catch_up). The others are made equal while the volume is in use.
@@ -77,13 +78,10 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
     record = found or _create(authority, wanted, volume_uuid, sessions)
     _check_members(authority, record, sessions)
     was_clean = record.clean
-    before = {name: session.hello for name, session in sessions.items()}
     record = _with_addresses(record, sessions)
     record = _without_strangers(record, sessions, log)
     record = authority.swap(replace(record, epoch=record.epoch + 1, clean=False))
     promised = _fence(record, sessions, log)
-    for name, hello in promised.items():
-        hello["unbroken"] = before[name]["unbroken"]  # as it was before this fence
     if not was_clean and not _all_fenced(record, promised):
         log("a replica cannot be reached: waiting until nobody can read from it any more")
         wanted.loop.sleep(TAKEOVER_SECONDS)
@@ -95,8 +93,18 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
         if member.state != OUT and replica_uuid not in choice.in_sync:
             log(f"replica {replica_uuid} is not known to be equal: OUT until it was compared")
             record = record.with_state(replica_uuid, OUT)
-    record = replace(record, served_epoch=record.epoch)
-    return Opened(authority.swap(record), sessions, choice)
+    record = authority.swap(replace(record, served_epoch=record.epoch))
+    _trust(sessions, choice, log)
+    return Opened(record, sessions, choice)
+
+
+def _trust(sessions: dict[str, AnySession], choice: Choice, log: Log) -> None:
+    """Tell the members in sync that they are; one that does not hear it counts as rebooted."""
+    for replica_uuid in choice.in_sync:
+        try:
+            sessions[replica_uuid].ask(wire.CONTROL, {"do": "trust"})
+        except (PeerError, StorageError) as error:
+            log(f"replica {replica_uuid} was lost: {error}")  # its socket will say so again
 
 
 def _without_strangers(record: Record, sessions: dict[str, AnySession], log: Log) -> Record:

@@ -160,11 +160,17 @@ class ReplicaControl:
                 if failure is None:
                     replica.end_sync()
                     service.accepted()
+                    service.trusted()
             except BlockdError as error:
                 failure = error
             done(failure or {})
 
         index()
+
+    def _do_trust(self, content: Content, user: object, done: Done) -> None:
+        """The record of this epoch calls this replica IN_SYNC."""
+        self._service.trusted()
+        done({})
 
     def _do_config(self, content: Content, user: object, done: Done) -> None:
         """Durably know of a member configuration."""

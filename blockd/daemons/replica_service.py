@@ -47,8 +47,6 @@ class ReplicaService:
         self.writes = 0
         self.epoch = 0  # of the newest fenced session
         self.clean_start = replica.clean_start
-        # No reboot since it was last fenced: nothing that it has applied can have been lost.
-        self.unbroken = replica.metadata.fenced_boot == loop.boot_id()
         replica.shared = True
         self._incarnation = os.urandom(8).hex()
         self._boot_id = loop.boot_id()
@@ -59,6 +57,20 @@ class ReplicaService:
         self.changes = ReplicaChanges(self)
         self.controls = ReplicaControl(self)
         self.copying = ReplicaCopying(self)
+
+    @property
+    def unbroken(self) -> bool:
+        """No reboot since an owner last called it equal: nothing it applied can have been lost.
+
+        A fence alone does not count: an owner that ends before it has judged the members must not
+        make one that has lost something look as if it had not.
+        """
+        return self.replica.metadata.fenced_boot == self._boot_id
+
+    def trusted(self) -> None:
+        """The owner found this replica equal, and the record says so: durably remember the boot."""
+        if not self.unbroken:
+            self.replica.commit_changes(fenced_boot=self._boot_id)
 
     # ---- what sessions ask ------------------------------------------------------------------
 
@@ -97,7 +109,7 @@ class ReplicaService:
         if not metadata.volume_uuid:
             self.replica.bind(str(content["volume_uuid"]), str(content["volume_name"]))
         if epoch > metadata.promised_epoch:
-            self.replica.promise(epoch, self._boot_id)
+            self.replica.promise(epoch)
         config_seq = int(content["config_seq"])
         if config_seq > self.replica.config_seq:
             self.replica.store_config(config_seq, dict(content["config"]))

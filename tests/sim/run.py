@@ -1,0 +1,290 @@
+"""One seed: a volume in trouble, then peace, then the checks.
+
+Each run draws the number of members, the speed of the network, the blocks in use and the kinds of
+fault it enables. The client works until it has asked OPERATIONS times and the faults are over. Then
+everything heals; all members must become equal within PEACE_SECONDS of virtual time; each is read
+through the volume daemon and, after a clean end, from its directory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from random import Random
+
+from protocol.checksum import ZEROS, block_checksum
+from protocol.errors import BlockdError
+from protocol.units import BLOCK_BYTES
+from replication.authority import IN_SYNC
+from snapshots.replica import Replica
+from tests.sim.client import Client
+from tests.sim.cluster import Cluster, Member, VolumeProcess
+from tests.sim.disk import Disks
+from tests.sim.faults import DAMAGE, KINDS, MILD, Faults
+from tests.sim.history import Era, Op
+from tests.sim.kernel import Kernel, Violation
+
+OPERATIONS = 520
+FAULTS_MIN = 5
+TROUBLE_SECONDS = 300.0
+PEACE_SECONDS = 900.0  # a rebuild that failed eight times waits for minutes
+SIZE_BYTES = 20 << 20  # two zones, five regions
+TRACE_SHOWN = 60
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+@dataclass
+class Result:
+    """What became of a seed."""
+
+    seed: int
+    error: str = ""
+    trace: list[str] = field(default_factory=list)
+    digest: str = ""
+    operations: int = 0
+    faults: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    virtual_seconds: float = 0.0
+    events: int = 0
+
+
+class Run:
+    """See the module text."""
+
+    def __init__(self, seed: int, directory: str) -> None:
+        self.seed = seed
+        self.kernel = Kernel(seed)
+        random = self.random = self.kernel.random
+        self.disks = Disks(self.kernel)
+        count = random.choice((1, 2, 2, 3, 3, 3, 3, 4))
+        with self.disks:
+            self.cluster = Cluster(self.kernel, self.disks, directory, count, SIZE_BYTES)
+        self.cluster.min_in_sync = random.choice((1, 1, 1, min(2, count)))
+        network = self.cluster.network
+        network.mean_delay = random.choice((5e-5, 2e-4, 2e-3))
+        for host in (*self.cluster.hosts, *(m.host for m in self.cluster.members)):
+            host.rate = random.uniform(0.98, 1.02)
+        blocks = _blocks(random)
+        self.client = Client(self.cluster, blocks, random.sample(blocks[:12], 3))
+        self.faults = Faults(self.cluster, self.client, _kinds(random, count))
+        self.eras = [Era(0.0)]
+        self.client_seconds = random.choice((0.02, 0.05, 0.1))  # between bursts
+        self.fault_seconds = random.choice((1.0, 2.0, 4.0))
+        self.structural = random.random() < 0.5
+        self.cluster.on_serves = self._serves
+        self.cluster.on_ended = self.client.volume_ended
+        self._busy_with_structure = False
+
+    def _serves(self, volume: VolumeProcess) -> None:
+        self.eras.append(Era(self.kernel.now, power_lost=not volume.consumer_alive))
+
+    # ---- the client and the faults, as events -------------------------------------------------
+
+    def _tick(self) -> None:
+        """Some requests at a time."""
+        if self.faults.over:
+            return
+        volumes = [volume for volume in self.cluster.volumes if volume.usable]
+        if volumes:
+            volume = self.random.choice(volumes)
+            count = self.random.choice((1, 1, 2, 5))
+            for _ in range(count):
+                self.kernel.at(0.0, volume.process, lambda: self.client.act(volume))
+            if self.structural and self.random.random() < 0.03:
+                self.kernel.at(0.0, volume.process, lambda: self._structure(volume))
+        seconds = self.random.expovariate(1.0 / self.client_seconds)
+        self.kernel.at(seconds, None, self._tick)
+
+    def _structure(self, volume: VolumeProcess) -> None:
+        if volume.usable and not self._busy_with_structure and len(self.client.snapshots) < 8:
+            self._busy_with_structure = True
+            self.client.snapshot(volume, self._structure_done)
+
+    def _structure_done(self, well: bool) -> None:
+        self._busy_with_structure = False
+
+    def _strike(self) -> None:
+        if not self.faults.over:
+            self.faults.strike()
+            self.kernel.at(
+                self.random.expovariate(1.0 / self.fault_seconds), None, self._strike
+            )
+
+    # ---- the phases ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All of it; raises Violation."""
+        with self.disks, self.cluster:
+            for member in self.cluster.members:
+                member.start()
+            self.cluster.open()
+            self.kernel.at(1.0, None, self.cluster.look)
+            self.kernel.run(lambda: bool(self.cluster.volumes[0].usable), 60.0)
+            self.kernel.at(0.0, None, self._tick)
+            self.kernel.at(0.5, None, self._strike)
+            self.kernel.run(self._enough, TROUBLE_SECONDS)
+            self._peace()
+            self._check_directories()
+        self._check_history()
+
+    def _enough(self) -> bool:
+        return self.client.serial >= OPERATIONS and self.faults.count >= FAULTS_MIN
+
+    def _peace(self) -> None:
+        self.faults.heal()
+        self.kernel.log("world", "peace")
+        self.kernel.run(lambda: False, 3.0)  # what was begun takes its course
+        if not self.kernel.run(self._all_well, PEACE_SECONDS):
+            record = self.cluster.record
+            states = {u: m.state for u, m in record.members.items()} if record else {}
+            raise Violation(f"not all members are in sync {PEACE_SECONDS:.0f} s later: {states}")
+        volume = self.cluster.volumes[-1]
+        self.kernel.at(0.0, volume.process, lambda: self._read_all(volume))
+        self.kernel.run(lambda: False, 10.0)
+        if self.client.under_way:
+            raise Violation(f"{len(self.client.under_way)} requests were never answered")
+        if self.client.failed_in_peace and not self.faults.victim:
+            raise Violation(f"{self.client.failed_in_peace} reads failed in peace")
+        assert volume.daemon is not None
+        self.cluster.reopening = False
+        self.kernel.at(0.0, volume.process, volume.daemon.stop)
+        if not self.kernel.run(lambda: not self.cluster.volumes, 60.0):
+            raise Violation("the volume daemon does not stop")
+        for member in self.cluster.members:
+            assert member.process is not None
+            self.kernel.at(0.0, member.process, member.stop)
+        self.kernel.run(lambda: not any(m.process for m in self.cluster.members), 5.0)
+
+    def _all_well(self) -> bool:
+        cluster = self.cluster
+        record = cluster.record
+        if record is None or len(cluster.volumes) != 1 or not cluster.volumes[0].usable:
+            return False
+        daemon = cluster.volumes[0].daemon
+        return (
+            daemon is not None
+            and not daemon.stopping
+            and all(member.state == IN_SYNC for member in record.members.values())
+            and len(daemon.engine.readers) == len(record.members)
+            and not daemon.engine.rebuilds
+            and not daemon.structure.busy
+            and not any(r.volume is not cluster.volumes[0] for r in self.client.under_way.values())
+        )
+
+    def _read_all(self, volume: VolumeProcess) -> None:
+        """Every block, from every member."""
+        assert volume.daemon is not None
+        engine = volume.daemon.engine
+        self.client.peaceful = True
+        for reader in list(engine.readers):
+            for block in self.client.used:
+                engine.reader = reader
+                self.client.read_at(volume, block)
+
+    # ---- the checks ---------------------------------------------------------------------------
+
+    def _check_directories(self) -> None:
+        """Each member, read from its files alone: all equal, and as the history allows."""
+        record = self.cluster.record
+        assert record is not None
+        named = {layer.id: layer.name for layer in record.layers if layer.name}
+        first: dict[tuple[int, int], bytes] = {}
+        damaged = self.faults.victim
+        for member in self.cluster.members:
+            try:
+                replica = Replica.open(member.path)
+            except BlockdError as error:
+                raise Violation(f"{member.uuid} cannot be opened: {error}") from None
+            layers = {layer.id for layer in replica.metadata.layers if layer.name}
+            if layers != set(named):
+                raise Violation(f"{member.uuid} has snapshots {layers}, the record {set(named)}")
+            for layer_id, name in ((0, ""), *named.items()):
+                for block in self.client.used:
+                    data = _read(replica, block, layer_id)
+                    if data is None:
+                        if member is damaged:
+                            continue
+                        raise Violation(f"{member.uuid}: block {block} is damaged")
+                    if first.setdefault((layer_id, block), data) != data:
+                        raise Violation(
+                            f"{member.uuid}: block {block} of layer {layer_id} is not as elsewhere"
+                        )
+                    self._note(block, name, data)
+            replica.abandon()
+
+    def _note(self, block: int, snapshot: str, data: bytes) -> None:
+        now = self.kernel.now
+        for place, at, size in self.client.places(block * BLOCK_BYTES, BLOCK_BYTES):
+            start = at - block * BLOCK_BYTES
+            value = self.client.decode(data[start : start + size], place)
+            register = self.client.registers[place]
+            if snapshot:
+                register.snapshot_reads.append((snapshot, Op(value, now, now)))
+            else:
+                register.reads.append(Op(value, now, now))
+
+    def _check_history(self) -> None:
+        for register in self.client.registers.values():
+            trouble = register.check(self.eras, self.client.snapshots)
+            if trouble:
+                raise Violation(trouble)
+
+
+def _read(replica: Replica, block: int, layer_id: int) -> bytes | None:
+    """One block; None if its checksum does not match."""
+    target = memoryview(bytearray(4 + BLOCK_BYTES))
+    used = replica.read_into(block, 1, target, layer_id)
+    entry = int.from_bytes(target[:4], "little")
+    if entry <= ZEROS:
+        return bytes(BLOCK_BYTES)
+    data = bytes(target[4:used])
+    return data if block_checksum(data) == entry else None
+
+
+def _blocks(random: Random) -> list[int]:
+    """The blocks in use: around the borders of regions and zones, hot ones first."""
+    places = [range(0, 24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
+    chosen = [block for part in random.sample(places, 3) for block in part]
+    random.shuffle(chosen)
+    return chosen[: random.choice((16, 32, 48))]
+
+
+def _kinds(random: Random, members: int) -> list[str]:
+    """Some of the kinds of fault; damage only where the rest leaves good copies."""
+    if members > 1 and random.random() < 0.15:
+        return [*DAMAGE, *random.sample(MILD, random.randint(2, len(MILD)))]
+    return random.sample(KINDS, random.choice((1, 3, 6, 12, len(KINDS))))
+
+
+def run_seed(seed: int) -> Result:
+    """Run one seed and clean up."""
+    directory = tempfile.mkdtemp(prefix="blockd-sim-", dir=MEMORY)
+    result = Result(seed)
+    gc.disable()
+    run: Run | None = None
+    try:
+        run = Run(seed, directory)
+        run.run()
+    except Violation as violation:
+        result.error = str(violation)
+    except Exception as error:
+        import traceback
+
+        result.error = f"{error!r}\n{traceback.format_exc()}"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if run is not None:
+        kernel = run.kernel
+        result.trace = [f"{at:10.6f} {who:9} {what}" for at, who, what in kernel.trace]
+        result.digest = kernel.digest.hexdigest()
+        result.operations = run.client.serial
+        result.faults = run.faults.count
+        result.kinds = run.faults.kinds
+        result.virtual_seconds = kernel.now
+        result.events = kernel.events
+    del run
+    gc.collect()
+    return result
