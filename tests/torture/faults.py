@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from blockd.daemons.volume import FENCED_EXIT_CODE
 from tests.torture.flip import flip_a_bit
 from tests.torture.ground import (
     ANSWER_SECONDS,
@@ -24,8 +25,6 @@ from tests.torture.ground import (
     wait_for,
 )
 from tests.torture.ledger import Ledger, Wrong
-
-FENCED_EXIT_CODE = 5  # of a volume daemon that finds that it is not the owner any more
 
 
 @dataclass

@@ -8,6 +8,7 @@ tmpfs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -215,6 +216,7 @@ class Ground:
         """End every process and unmount every disk."""
         for process in self._all:
             process.destroy()
+        gc.collect()  # this process may have had files of a replica open
         for path in self._mounted:
             subprocess.run(["umount", str(path)], check=True, timeout=30)
         self._mounted.clear()

@@ -19,6 +19,7 @@ COMPARE_EVERY = 10  # rounds; comparing directories costs a stop and a start of 
 SNAPSHOTS_MAX = 5
 VERIFY_TURNS = 2  # reads are spread over members: whoever answers the second may be another one
 BEFORE_SECONDS, AFTER_SECONDS = 0.25, 0.25  # of traffic around a fault
+BUSY_SECONDS = 3.0  # how long clients stay while members are made equal, which clients slow down
 
 
 @dataclass
@@ -85,12 +86,12 @@ class Session:
                 traffic.abandon()
                 raise
         time.sleep(AFTER_SECONDS)
-        try:
-            self.ground.until_healthy()
-        finally:
-            healthy = time.monotonic() - injected
-            traffic.stop()
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not self.ground.is_healthy() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        traffic.stop()
         self.ground.until_healthy()
+        healthy = time.monotonic() - injected
         self.verify()
         if self.rounds % COMPARE_EVERY == 0:
             self.compare()
