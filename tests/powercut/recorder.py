@@ -39,6 +39,7 @@ class Inode:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     syncs: list[int] = field(default_factory=list)
     page_syncs: dict[int, list[int]] = field(default_factory=dict)
+    size_syncs: list[int] = field(default_factory=list)  # what was synced can be reached, too
 
     def newest(self, page: int) -> Page:
         versions = self.pages.get(page)
@@ -60,7 +61,7 @@ class Inode:
 
     def possible_sizes(self, time: int) -> list[int]:
         """The same of its length."""
-        floor, found = _last(self.syncs, time), [0]
+        floor, found = max(_last(self.syncs, time), _last(self.size_syncs, time)), [0]
         for at, size in self.sizes:
             if at <= floor:
                 found = [size]
@@ -265,6 +266,7 @@ class Recorder:
                 self.time += 1  # before this, the write was under way
                 for page in range(offset // PAGE_BYTES, -(-(offset + written) // PAGE_BYTES)):
                     inode.page_syncs.setdefault(page, []).append(self.time)
+                inode.size_syncs.append(self.time)
                 self._synced("dsync " + self._name(fd))
         return written
 
