@@ -1,32 +1,37 @@
 """python -m tests.powercut [--seed N]: see README.md."""
-from __future__ import annotations
-import sys, time
-from pathlib import Path
-from random import Random
-import tempfile
-from tests.powercut.history import History
-from tests.powercut.states import *
-from tests.powercut.check import check, Violation
 
-seed=int(sys.argv[1]); steps=int(sys.argv[2]); per=int(sys.argv[3])
-d=Path(tempfile.mkdtemp(prefix="powercut-",dir="/dev/shm"))
-t0=time.time()
-h=History(d,Random(seed))
-with h.running():
-    for _ in range(steps): h.step()
-print("recorded",time.time()-t0,"events",h.recorder.time,"boundaries",len(h.recorder.boundaries))
-r=Random(seed+1)
-n=0
-for at,what in h.recorder.boundaries:
-  for time_ in (at-1,at):
-    if time_ < h.recorder.segment_at(at).begin: continue
-    for i in range(per):
-        choice=[NOTHING,EVERYTHING][i] if i<2 else random_choice(r)
-        state=after_cut(h.recorder,time_,choice)
-        make(state,h.path,str(d/"cut"))
-        n+=1
-        try: check(str(d/"cut"),h.expected,time_,1000)
-        except Violation as e:
-            print("seed",seed,"time",time_,what,"choice",i,"steps",[s for s in h.steps if s[0]<=time_][-6:],"\n  ",e)
-            if "-x" in sys.argv: raise
-print(n,"states",time.time()-t0)
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from tests.powercut.replay import Replay
+
+HISTORIES = 6  # of each kind
+STATES = 12  # random ones per boundary
+
+
+def main() -> int:
+    """The command line; 1: something was wrong."""
+    parse = argparse.ArgumentParser(prog="python -m tests.powercut", description=__doc__)
+    parse.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "little"))
+    parse.add_argument("--histories", type=int, default=HISTORIES, help="of each kind")
+    parse.add_argument("--states", type=int, default=STATES, help="random ones per boundary")
+    parse.add_argument("--kind", choices=("life", "rebuild"), help="only these")
+    options = parse.parse_args()
+    violations = 0
+    for seed in range(options.seed, options.seed + options.histories):
+        for kind in ("life", "rebuild"):
+            if options.kind in (None, kind):
+                replay = Replay(kind, seed, options.states, prefixes=True)
+                replay.run()
+                print(replay.line(), flush=True)
+                for text in replay.violations:
+                    print(f"  {text}", flush=True)
+                violations += len(replay.violations)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

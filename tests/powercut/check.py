@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from unittest import mock
 
 from protocol.checksum import block_checksums
@@ -13,8 +11,9 @@ from snapshots import metadata
 from snapshots.masks import resolve
 from snapshots.chain import chain
 from snapshots.replica import Replica
-from tests.powercut.expected import ZERO, Blocks, Expected
-from tests.powercut.history import read_all
+from tests.powercut.expected import ZERO, Expected
+from tests.powercut.found import Found, read
+from tests.powercut.rebuild import RebuildHistory, begin
 from tests.powercut.states import SECTOR_BYTES
 from tests.snapshots.model import BLOCK_COUNT, BLOCKS, REGION, fill, kill
 
@@ -23,21 +22,6 @@ PROBES = (3, REGION - 1, REGION, BLOCK_COUNT - 1)  # blocks that are written aft
 
 class Violation(AssertionError):
     """A power cut did what it must not."""
-
-
-@dataclass
-class Found:
-    """What an open replica holds."""
-
-    head_id: int
-    live: Blocks
-    snapshots: dict[int, Blocks]
-
-
-def read(replica: Replica) -> Found:
-    present = [info.id for info in replica.tree() if info.name and not info.removed]
-    snapshots = {layer_id: read_all(replica, layer_id) for layer_id in present}
-    return Found(replica.metadata.head_id, read_all(replica), snapshots)
 
 
 def check(path: str, expected: Expected, time: int, boot: int) -> None:
@@ -166,5 +150,33 @@ def _same(wanted: Found, found: Found, what: str) -> None:
         raise Violation(f"after {what} it reads differently, blocks {sorted(different)[:8]}")
 
 
-def exists(path: str) -> bool:
-    return os.path.exists(path)
+def check_rebuild(path: str, history: RebuildHistory, time: int, boot: int) -> None:
+    """Open what a cut at `time` left, make it equal to the other member, and compare them."""
+    boots = iter(range(boot, 1 << 60))
+    with mock.patch.object(metadata, "boot_id", lambda: f"boot {next(boots)}"):
+        replica = _open(path)
+        try:
+            if replica.complete and not history.begins <= time < history.ends:
+                zones = set(replica.recovered_zones)
+                found = read(replica)
+                expected = history.before if time < history.begins else history.expected
+                _check_blocks(expected, time, found)
+                _check_snapshots(expected, time, found)
+                _check_zones(expected, time, found, zones)
+                _check_structure(replica)
+            elif not replica.complete and time >= history.ends:
+                raise Violation("it is incomplete again")
+            sync = begin(history.other, replica, history.since(time))
+            sync.copy()
+            sync.end()
+            assert history.final is not None
+            _same(history.final, read(replica), "a rebuild")
+            _check_structure(replica)
+            kill(replica)
+            replica = _open(path)
+            _same(history.final, read(replica), "a rebuild and a cut")
+            kill(replica)
+        except (BlockdError, AssertionError) as error:
+            if isinstance(error, Violation):
+                raise
+            raise Violation(f"{type(error).__name__}: {error}") from error

@@ -113,6 +113,16 @@ class Expected:
             else:
                 snapshot.removed = min(snapshot.removed, read_at)
 
+    def rebased(self, time: int, live: Blocks, snapshots: Mapping[int, Blocks]) -> Expected:
+        """What holds once the replica was made equal to another member, durably."""
+        new = Expected(self.blocks)
+        new.change(0, live)
+        new.applied(0)
+        new.flushes.append(Flush(time, time, time))
+        for layer_id, content in snapshots.items():
+            new.snapshots[layer_id] = Snapshot(dict(content), 0, 0, 0)
+        return new
+
     # ---- asking ---------------------------------------------------------------------------------
 
     def _effective(self, time: int) -> int:

@@ -8,7 +8,7 @@ The order is random but for the seed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,24 +19,15 @@ from protocol.units import BLOCKS_PER_ZONE
 from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 from snapshots.store import Store
-from tests.powercut.expected import ZERO, Blocks, Expected, Flush, Revert, Snapshot
+from tests.powercut.expected import ZERO, Expected, Flush, Revert, Snapshot
+from tests.powercut.found import read_all
 from tests.powercut.recorder import Recorder
 from tests.powercut.states import after_cut, make, random_choice
-from tests.snapshots.model import BLOCKS, RANGES, REGION, SIZE_BYTES, fill, kill, read_blocks
+from tests.snapshots.model import BLOCKS, RANGES, REGION, SIZE_BYTES, fill, kill
 
 REGION_COUNT = -(-(SIZE_BYTES // 4096) // REGION)
 SNAPSHOTS_MAX = 5
 RUN_MAX = 6
-
-
-def read_all(replica: Replica, layer_id: int = 0) -> Blocks:
-    """Everything the history can have touched."""
-    found: Blocks = {}
-    for first, count in RANGES:
-        for number, content in enumerate(read_blocks(replica, first, count, layer_id)):
-            if content != ZERO:
-                found[first + number] = content
-    return found
 
 
 class History:
@@ -67,6 +58,8 @@ class History:
         begin, run = Store.flush_begin, FlushJob.run
 
         def flush_begin(store: Store) -> FlushJob:
+            if store.path != self.path:
+                return begin(store)
             flush = Flush(self.now)
             self.expected.flushes.append(flush)
             job = begin(store)
@@ -75,7 +68,8 @@ class History:
 
         def run_job(job: FlushJob) -> None:
             run(job)
-            self.expected.flush_ended(self._jobs[job], self.now)
+            if job in self._jobs:
+                self.expected.flush_ended(self._jobs[job], self.now)
 
         with (
             self.recorder.installed(),
@@ -114,16 +108,21 @@ class History:
         self.steps.append((self.now, kind))
         getattr(self, kind)()
 
-    def change(self) -> None:
-        """A write or a zeroing of a few blocks."""
+    def change(self, replicas: Iterable[Replica] | None = None) -> None:
+        """A write or a zeroing of a few blocks, on this replica or on those given."""
         random = self.random
+        replicas = list(replicas or (self.replica,))
+        mine = self.replica in replicas
         first, size = random.choice(RANGES)
         start = random.randrange(size)
         count = random.randint(1, min(RUN_MAX, size - start))
         first += start
         if random.random() < 0.3:
-            self.expected.change(self.now + 1, dict.fromkeys(range(first, first + count), ZERO))
-            self.replica.zero(first, count, keep_allocated=random.random() < 0.3)
+            if mine:
+                self.expected.change(self.now + 1, dict.fromkeys(range(first, first + count), ZERO))
+            keep = random.random() < 0.3
+            for replica in replicas:
+                replica.zero(first, count, keep_allocated=keep)
             self.expected.applied(self.now)
             return
         numbers = []
@@ -132,10 +131,12 @@ class History:
             numbers.append(0 if random.random() < 0.1 else self.number)
         contents = [fill(number) for number in numbers]
         data = memoryview(b"".join(contents))
-        self.expected.change(
-            self.now + 1, {first + at: content for at, content in enumerate(contents)}
-        )
-        self.replica.write(first, count, data, block_checksums(data))
+        if mine:
+            self.expected.change(
+                self.now + 1, {first + at: content for at, content in enumerate(contents)}
+            )
+        for replica in replicas:
+            replica.write(first, count, data, block_checksums(data))
         self.expected.applied(self.now)
 
     def flush(self) -> None:
