@@ -64,6 +64,7 @@ class Link:
     __slots__ = (
         "address",
         "applied",
+        "behind",
         "calls",
         "confirmed_at",
         "connected",
@@ -100,6 +101,7 @@ class Link:
         self.applied = 0
         self.is_local = address.startswith("dir:")  # in this process: it cannot be late
         self.confirmed_at = float("-inf")  # when the last answered ping was sent
+        self.behind = False  # what it lacks is just being repeated (catchup.py)
         self.promoting = False  # the record may call it IN_SYNC already
         self.reads: dict[int, Reads] = {}
         self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
