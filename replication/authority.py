@@ -33,6 +33,8 @@ BUSY_TIMEOUT_SECONDS = 10.0  # longest wait for another process's commit; commit
 
 T = TypeVar("T")
 
+Version = int | str
+
 
 @dataclass(frozen=True)
 class Member:
@@ -70,6 +72,8 @@ class Record:
     promised it. `pending` names a
     revert that was decided and may not have reached every member. `stamp` names the change that
     made this record, so that its author knows it again if the answer of the swap was lost.
+    `version` is what the authority gave with the record (SQLite: a number, Kubernetes: the
+    resourceVersion); it means nothing but that another one is another record.
     """
 
     volume_uuid: str
@@ -87,7 +91,7 @@ class Record:
     clean: bool = True
     pending: Mapping[str, int] | None = None
     stamp: str = ""
-    version: int = 0
+    version: Version = 0
 
     def with_state(self, replica_uuid: str, state: str) -> Record:
         """The record with one member in another state, as a new configuration."""
@@ -140,7 +144,7 @@ def to_dict(record: Record) -> dict[str, Any]:
     return asdict(record)
 
 
-def from_dict(content: dict[str, Any], version: int) -> Record:
+def from_dict(content: dict[str, Any], version: Version) -> Record:
     """A record from its JSON form."""
     content = {
         **content,
@@ -195,7 +199,7 @@ class SqliteAuthority:
                 (record.volume_name, _encode(record), record.volume_uuid, record.version),
             )
             if cursor.rowcount == 1:
-                return replace(record, version=record.version + 1)
+                return replace(record, version=int(record.version) + 1)
             row = db.execute(
                 "SELECT version FROM authority WHERE volume_uuid = ?", (record.volume_uuid,)
             ).fetchone()
