@@ -159,7 +159,7 @@ def volume_details(volume: Json) -> None:
 def replica_table(replicas: list[Json]) -> None:
     """One line per replica; what there is to say about one stands below."""
     rows(
-        ("ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"),
+        ("ID", "STATE", "REBUILD", "PID", "ADDRESS", "PATH"),
         [
             (
                 replica.get("id"),
