@@ -117,6 +117,29 @@ def snapshot_argument(function: Function) -> Function:
     )(function)
 
 
+def snapshots_argument(function: Function) -> Function:
+    """Add the argument VOL@NAME, VOL@FIRST..LAST or VOL, passed on as `target`: (VOL, FIRST, LAST);
+    names are empty where there is none."""
+
+    def parse(
+        _context: click.Context, _parameter: click.Parameter, value: str
+    ) -> tuple[str, str, str]:
+        volume, _, names = value.partition("@")
+        first, dots, last = names.partition("..")
+        last = last if dots else first
+        wanted = [volume, first, last] if "@" in value else [volume]
+        if not all(NAME_PATTERN.fullmatch(name) for name in wanted):
+            raise click.BadParameter(
+                f"{value!r} is not VOL@NAME, VOL@FIRST..LAST or VOL (names are 1 to 63 characters "
+                "a-z 0-9 . _ -); example: demo@before-upgrade"
+            )
+        return volume, first, last
+
+    return click.argument(
+        "target", metavar="VOL@NAME", callback=parse, shell_complete=_complete_snapshots
+    )(function)
+
+
 def label_option(function: Function) -> Function:
     """Add `--label KEY=VALUE`, passed on as `labels`, a dictionary."""
 

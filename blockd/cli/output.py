@@ -195,6 +195,31 @@ def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
     )
 
 
+def snapshot_tree(volume: Json) -> None:
+    """The snapshots of a volume as a tree, the volume itself where it is now.
+
+    What was taken on the one above stands below it; only where several were taken on the same one
+    the tree goes into branches.
+    """
+    children: dict[int, list[tuple[int, str]]] = {}
+    for snapshot in volume["snapshots"]:
+        name = f"{bare_snapshot_name(snapshot)}  {snapshot.get('created') or ''}".rstrip()
+        children.setdefault(snapshot.get("parent") or 0, []).append((snapshot["id"], name))
+    children.setdefault(volume.get("head_parent") or 0, []).append((-1, "(the volume now)"))
+
+    def draw(parent: int, indent: str) -> None:
+        below = children.get(parent, [])
+        while len(below) == 1:
+            click.echo(indent + below[0][1])
+            below = children.get(below[0][0], [])
+        for number, (layer_id, name) in enumerate(below):
+            last = number == len(below) - 1
+            click.echo(f"{indent}{'└─ ' if last else '├─ '}{name}")
+            draw(layer_id, indent + ("   " if last else "│  "))
+
+    draw(0, "")
+
+
 def bare_snapshot_name(snapshot: Json) -> str:
     """The name of a snapshot without its volume's."""
     return str(snapshot.get("name")).rpartition("@")[2]

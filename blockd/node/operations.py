@@ -55,7 +55,7 @@ from protocol.units import (
     check_rate,
     check_size,
 )
-from replication.authority import IN_SYNC
+from replication.authority import IN_SYNC, Record
 
 POLL_SECONDS = 0.05
 REBUILD_WAIT_SECONDS_MAX = 7 * 86_400
@@ -239,7 +239,7 @@ class Operations:
             raise NotFoundError(
                 f"snapshot {volume}@{name} does not exist; see `blockd snapshot ls {volume}`"
             )
-        return snapshot_view(item)
+        return snapshot_view(item, self._record(volume))
 
     def snapshot_create(
         self, volume: str, name: str, labels: dict[str, str], wait_seconds: float
@@ -270,7 +270,7 @@ class Operations:
                 )
             time.sleep(POLL_SECONDS)
             item = self._store.get(Snapshot, key)
-        return snapshot_view(item)
+        return snapshot_view(item, self._record(volume))
 
     def snapshot_remove(self, volume: str, name: str, wait_seconds: float) -> None:
         """Remove a snapshot."""
@@ -410,8 +410,11 @@ class Operations:
             f"volume {volume} has no replica {replica}; see `blockd replica ls {volume}`"
         )
 
+    def _record(self, volume: str) -> Record | None:
+        return self._context.authority.load(self._volume(volume).metadata.uid)
+
     def _is_member(self, volume: str, uid: str) -> bool:
-        record = self._context.authority.load(self._volume(volume).metadata.uid)
+        record = self._record(volume)
         return record is not None and uid in record.members
 
     def _await(

@@ -147,6 +147,7 @@ def volume_view(**changes: Any) -> dict[str, Any]:
         "snapshots": [
             {"name": "monday", "created": "2026-01-05T10:00:00Z", "labels": {"a": "1"}, "id": 1}
         ],
+        "head_parent": 1,
         "verify": None,
         "created": "2026-01-05T09:00:00Z",
     }

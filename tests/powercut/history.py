@@ -98,8 +98,16 @@ class History:
     def step(self) -> None:
         """Something random."""
         kinds: dict[str, int] = {
-            "change": 40, "flush": 14, "two_flushes": 3, "maintain": 16, "seal": 6, "remove": 4,
-            "revert": 2, "restart": 2, "cut": 3, "note": 2,
+            "change": 40,
+            "flush": 14,
+            "two_flushes": 3,
+            "maintain": 16,
+            "seal": 6,
+            "remove": 4,
+            "revert": 2,
+            "restart": 2,
+            "cut": 3,
+            "note": 2,
         }
         kind = self.random.choices(list(kinds), list(kinds.values()))[0]
         self.do(kind)
