@@ -241,6 +241,23 @@ def verify_table(view: Json) -> None:
     pairs(facts)
 
 
+def check_table(report: Json) -> None:
+    """What a check of a replica directory found."""
+    pairs(
+        {
+            "path": report["path"],
+            "layers": report["layers"],
+            "checked": size_text(report["blocks"] * 4096),
+            "closed cleanly": "no" if report["unclean"] else "yes",
+            "dirty zones": report["dirty_zones"],
+            "damage": report["damage_count"],
+            "index, log, files": ("repaired" if report["repaired"] else len(report["derived"])),
+        }
+    )
+    for line in [*report["damage"], *report["derived"]]:
+        click.echo(line)
+
+
 def rebuild_text(rebuild: Json | None) -> str:
     """How far a rebuild is, for people: 42%, 3 min left."""
     if not rebuild:
