@@ -195,6 +195,15 @@ def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
     )
 
 
+def diff_table(diff: Json) -> None:
+    """Where two snapshots differ."""
+    rows(
+        ("OFFSET", "LENGTH"),
+        [(extent["offset"], extent["length"]) for extent in diff["extents"]],
+        empty="nothing has changed",
+    )
+
+
 def snapshot_tree(volume: Json) -> None:
     """The snapshots of a volume as a tree, the volume itself where it is now.
 

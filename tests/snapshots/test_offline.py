@@ -1,8 +1,8 @@
 """A replica directory checked, repaired and exported without a daemon.
 
 Proves that a sound directory shows no damage and exports what a daemon would read, after any
-history and after a power cut; that each kind of damage is found, exactly where it is; that repairing loses
-nothing; and that looking changes nothing.
+history and after a power cut; that each kind of damage is found, exactly where it is; that
+repairing loses nothing; and that looking changes nothing.
 """
 
 from __future__ import annotations
