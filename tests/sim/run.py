@@ -71,8 +71,8 @@ class Run:
         self.client = Client(self.cluster, blocks, random.sample(blocks[:12], 3))
         self.faults = Faults(self.cluster, self.client, _kinds(random, count))
         self.eras = [Era(0.0)]
-        self.client_seconds = random.choice((0.02, 0.05, 0.1))  # between bursts
-        self.fault_seconds = random.choice((1.0, 2.0, 4.0))
+        self.fault_seconds = random.choice((0.5, 1.0, 2.0, 4.0))
+        self.client_seconds = self.fault_seconds * random.uniform(0.02, 0.04)  # between bursts
         self.structural = random.random() < 0.5
         self.cluster.on_serves = self._serves
         self.cluster.on_ended = self.client.volume_ended
