@@ -174,7 +174,7 @@ class Client:
         return _list(self._call("GET", f"{_volume_path(volume)}/replicas"))
 
     def replica_add(self, volume: str, *, wait: float = WAIT_SECONDS) -> Json:
-        """Add one replica; it is filled by a rebuild."""
+        """Add one replica; it is filled while the volume is in use."""
         return self._volume_post(volume, "replicas", {}, wait)
 
     def replica_delete(self, volume: str, replica: str, *, wait: float = WAIT_SECONDS) -> Json:
@@ -188,6 +188,10 @@ class Client:
         """Start the rebuild of one replica, or of every one that is OUT."""
         body = {} if replica is None else {"replica": replica}
         return self._volume_post(volume, "rebuild", body, wait)
+
+    def verify(self, name: str) -> Json:
+        """Begin to verify a volume; the volume shows how far it is."""
+        return self._volume_post(name, "verify", {}, WAIT_SECONDS)
 
     # -- the one door -------------------------------------------------------------------------
 

@@ -33,18 +33,22 @@ BUSY_TIMEOUT_SECONDS = 10.0  # longest wait for another process's commit; commit
 
 T = TypeVar("T")
 
+Version = int | str
+
 
 @dataclass(frozen=True)
 class Member:
     """One replica as the authority knows it.
 
     `out_at`: the configuration in which it ceased to be in sync; 0: it never was. What changed in
-    that configuration or later, and what was not stable then, it may not have.
+    that configuration or later, and what was not stable then, it may not have. `in_epoch`: the last
+    epoch in which it was in sync while requests were answered.
     """
 
     state: str
     address: str
     out_at: int = 0
+    in_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,13 @@ class LayerRecord:
 class Record:
     """All the authority keeps of one volume.
 
-    `clean`: the last volume daemon closed everything; the members are equal. `pending` names a
+    `clean`: the last volume daemon closed everything; the members are equal. `served_epoch` is the
+    last epoch in which requests were answered, 0 before the first; who was in sync then, has
+    promised it. `pending` names a
     revert that was decided and may not have reached every member. `stamp` names the change that
     made this record, so that its author knows it again if the answer of the swap was lost.
+    `version` is what the authority gave with the record (SQLite: a number, Kubernetes: the
+    resourceVersion); it means nothing but that another one is another record.
     """
 
     volume_uuid: str
@@ -73,6 +81,7 @@ class Record:
     size_bytes: int
     members: Mapping[str, Member]
     epoch: int = 0
+    served_epoch: int = 0
     config_seq: int = 0
     min_in_sync: int = 1  # with fewer members in sync nothing is acknowledged
     layers: tuple[LayerRecord, ...] = ()
@@ -82,7 +91,7 @@ class Record:
     clean: bool = True
     pending: Mapping[str, int] | None = None
     stamp: str = ""
-    version: int = 0
+    version: Version = 0
 
     def with_state(self, replica_uuid: str, state: str) -> Record:
         """The record with one member in another state, as a new configuration."""
@@ -92,9 +101,17 @@ class Record:
                 f"replica {replica_uuid} is no member of volume {self.volume_name} any more"
             )
         config_seq = self.config_seq + 1
-        out_at = config_seq if member.state == IN_SYNC else member.out_at
-        changed = {**self.members, replica_uuid: replace(member, state=state, out_at=out_at)}
-        return replace(self, members=changed, config_seq=config_seq)
+        changed = replace(member, state=state)
+        if member.state == IN_SYNC:
+            changed = replace(changed, out_at=config_seq, in_epoch=self.served_epoch)
+        members = {**self.members, replica_uuid: changed}
+        return replace(self, members=members, config_seq=config_seq)
+
+    def as_stranger(self, replica_uuid: str) -> Record:
+        """The record with one member OUT of which nothing is known to be equal."""
+        record = self.with_state(replica_uuid, OUT)
+        member = replace(record.members[replica_uuid], out_at=0)
+        return replace(record, members={**record.members, replica_uuid: member})
 
     def layer_named(self, name: str) -> LayerRecord | None:
         """The snapshot of that name; layers without a name are not found by it."""
@@ -127,7 +144,7 @@ def to_dict(record: Record) -> dict[str, Any]:
     return asdict(record)
 
 
-def from_dict(content: dict[str, Any], version: int) -> Record:
+def from_dict(content: dict[str, Any], version: Version) -> Record:
     """A record from its JSON form."""
     content = {
         **content,
@@ -182,7 +199,7 @@ class SqliteAuthority:
                 (record.volume_name, _encode(record), record.volume_uuid, record.version),
             )
             if cursor.rowcount == 1:
-                return replace(record, version=record.version + 1)
+                return replace(record, version=int(record.version) + 1)
             row = db.execute(
                 "SELECT version FROM authority WHERE volume_uuid = ?", (record.volume_uuid,)
             ).fetchone()

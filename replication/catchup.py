@@ -5,6 +5,9 @@ right, but all members must agree, and a read must not see what a later read doe
 read, and what it holds is written to all members like any other write, at the same place of the
 order. Readers are the source, and those that were equal to it, until that is done.
 
+A member that is behind and has no space for it is given up and made equal later: a full disk can
+only be emptied through a volume that is served.
+
 If this process dies in between, the next owner finds the members as different as before, or less.
 """
 
@@ -44,6 +47,8 @@ class CatchUp:
     def start(self) -> None:
         """Repeat; `done` when all members have it."""
         engine = self._engine
+        for link in self._behind:
+            link.behind = True
         engine.set_readers([link for link in engine.readers if link not in self._behind])
         self._pump()
 
@@ -57,6 +62,8 @@ class CatchUp:
 
     def _end(self) -> None:
         engine = self._engine
+        for link in self._behind:
+            link.behind = False
         if self._error:
             self._done(StorageError("the last changes could not be repeated on all replicas"))
             return

@@ -4,9 +4,9 @@ After a clean end all IN_SYNC members are equal. After anything else they may di
 were under way. Every IN_SYNC member holds every change that was answered, unless its machine lost
 power since, and every flushed one even then. So:
 
-- a member whose machine has not been rebooted since it was last called equal (`unbroken`) goes before
-  one that has; a consumer that still lives, with its caches, must not see what went back in time,
-  so for it nobody else will do;
+- a member whose machine has not been rebooted since it was last called equal (`unbroken`) goes
+  before one that has; a consumer that still lives, with its caches, must not see what went back in
+  time, so for it nobody else will do;
 - among these, the one that applied most, if its process lives on and can say so;
 - a member whose process lives on, too, lacks only changes that both list (`recent`): they are
   repeated before anybody reads, and it stays in sync;
@@ -43,6 +43,18 @@ class Choice:
     def in_sync(self) -> tuple[str, ...]:
         """All members that stay in sync."""
         return (*self.equal, *self.behind)
+
+
+def is_stranger(record: Record, replica_uuid: str, hello: Hello) -> bool:
+    """Is this another directory than the one that took part in the volume?
+
+    Made anew and empty, or put back from an old copy: who was in sync when the volume was served
+    has promised that epoch. Asked before the member is fenced, which makes it promise.
+    """
+    member = record.members[replica_uuid]
+    if member.state == IN_SYNC:
+        return bool(hello["promised_epoch"] < record.served_epoch)
+    return bool(member.out_at and hello["promised_epoch"] < member.in_epoch)
 
 
 def choose(

@@ -55,17 +55,26 @@ class CopyJobs:
                 self._waiting = True
                 self.rebuild.pace.later(seconds, self._go_on)
                 return
-            job = next(self._jobs, None)
-            if job is None:
-                if not self._under_way:
-                    self._over = True
-                    self._finished()
+            if not self._next():
                 return
-            self._under_way += 1
-            _Copy(self, job).start()
+
+    def _next(self) -> bool:
+        """Start the next job; False: there is none."""
+        job = next(self._jobs, None)
+        if job is None:
+            if not self._under_way:
+                self._over = True
+                self._finished()
+            return False
+        self._under_way += 1
+        _Copy(self, job).start()
+        return True
 
     def _go_on(self) -> None:
+        """A pause is over: one job has waited for it, whatever the pace says by now."""
         self._waiting = False
+        if not self.over and self._under_way < WINDOW:
+            self._next()
         self.pump()
 
     def ended(self, count: int) -> None:

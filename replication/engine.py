@@ -37,9 +37,11 @@ from replication.ranges import RangeLocks
 from replication.reading import Client, Reading
 from replication.room import Room
 from replication.turns import Turns
+from replication.walks import Walks
 
 if TYPE_CHECKING:
     from replication.rebuild import Rebuild
+    from replication.scrub import Scrub
 
 EXTENTS_BLOCKS_MAX = 1 << 18  # 1 GiB described by one answer; the client asks for the rest
 
@@ -60,7 +62,9 @@ class Engine(Reading):
         self.pending: deque[tuple[int, Client, Any, bool]] = deque()
         self.flushes: list[_Flush] = []
         self.changes = Turns()
+        self.walks = Walks(self)
         self.rebuilds: set[Rebuild] = set()  # under way
+        self.scrub: Scrub | None = None  # under way
         self.room = Room(self)
         self.latency = Latency(now)
         self._sampled = (0, 0.0)  # sequence and beginning of the write that is a sample, or 0
@@ -344,7 +348,11 @@ class Engine(Reading):
     def _refused(self, link: Link, sequence: int, code: int, payload: memoryview | None) -> None:
         content = wire.json_content(payload)
         if link.has_asked(sequence):
-            self.read_elsewhere(link, link.take_answered(sequence, 1))
+            read = link.take_answered(sequence, 1)
+            if content.get("code") == StorageError.code:
+                self.bad_answer(link, read)
+            else:
+                self.read_elsewhere(link, read)
             return
         call = link.calls.pop(sequence, None)
         if call is not None:

@@ -64,6 +64,7 @@ class Link:
     __slots__ = (
         "address",
         "applied",
+        "behind",
         "calls",
         "confirmed_at",
         "connected",
@@ -80,6 +81,7 @@ class Link:
         "reads",
         "reads_total",
         "rebuild",
+        "repaired_blocks",
         "replica_uuid",
         "state",
     )
@@ -99,12 +101,14 @@ class Link:
         self.applied = 0
         self.is_local = address.startswith("dir:")  # in this process: it cannot be late
         self.confirmed_at = float("-inf")  # when the last answered ping was sent
+        self.behind = False  # what it lacks is just being repeated (catchup.py)
         self.promoting = False  # the record may call it IN_SYNC already
         self.reads: dict[int, Reads] = {}
         self.calls: dict[int, tuple[int, Reply]] = {}  # expected answer and who gets it
         self.rebuild: Rebuild | None = None
         self.reads_total = 0
         self.errors = 0
+        self.repaired_blocks = 0
 
     def take_answered(self, first: int, count: int) -> Reads:
         """Remove and return the reads with these sequences; WireError if not asked together."""

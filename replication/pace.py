@@ -1,9 +1,9 @@
-"""How fast a rebuild may go: as fast as it can while nobody is there, slower while others wait.
+"""How fast a rebuild or scrub may go: as fast as it can while nobody is there, else slower.
 
-`Latency` samples requests of the foreground: one now and then without a rebuild, which gives the
-usual latency, and one after the other during a rebuild. `Pace` pauses between the jobs of a
-rebuild: longer and longer while requests take more than LATENCY_FACTOR times the usual, shorter and
-shorter while they do not. A cap in bytes per second holds besides.
+`Latency` samples requests of the foreground: one now and then while nothing competes with them,
+which gives the usual latency, and one after the other during a rebuild or scrub. `Pace` pauses
+between the jobs: longer and longer while requests take more than LATENCY_FACTOR times the usual,
+shorter and shorter while they do not. A cap in bytes per second holds besides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Latency:
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
         self.wanted = True  # take the next request as a sample
-        self.rebuilding = False
+        self.contended = False  # something competes with requests
         self.usual_seconds = 0.0  # 0: not known
         self.recent_seconds = 0.0
         self.last_at = float("-inf")
@@ -35,7 +35,7 @@ class Latency:
         now = self.now()
         seconds = now - began_at
         self.last_at = now
-        if not self.rebuilding:
+        if not self.contended:
             known = self.usual_seconds or seconds
             self.usual_seconds = known + (seconds - known) * _USUAL_WEIGHT
             self.recent_seconds = 0.0

@@ -76,7 +76,7 @@ def zero_long(
         engine.send_zero(gather, None, offset + start, step, keep, False)
 
 
-class _Reader:
+class BlockReader:
     """A client inside the engine that reads whole blocks; subclasses say what for."""
 
     def data(self, cookie: Any, chunks: Chunks) -> None:
@@ -90,7 +90,7 @@ class _Reader:
         raise AssertionError("a read returns no extents")
 
 
-class _Clip(_Reader):
+class _Clip(BlockReader):
     """A read of some bytes of one piece: the whole blocks around them are read."""
 
     def __init__(self, client: Client, lead: int, length: int) -> None:
@@ -105,7 +105,7 @@ class _Clip(_Reader):
         self._client.done(cookie, error)
 
 
-class _LongRead(_Reader):
+class _LongRead(BlockReader):
     """Collects the pieces of a long read, which may come back in any order."""
 
     def __init__(self, client: Client, cookie: Any, lead: int, length: int, pieces: int) -> None:
@@ -155,7 +155,7 @@ def read(
         engine.send_reads(Reads(gather, range(len(counts)), firsts, counts, layer_id))
 
 
-class _Edges(_Reader):
+class _Edges(BlockReader):
     """Reads the partly covered blocks of one write, then sends it as whole blocks."""
 
     def __init__(self, engine: Engine, client: Client, cookie: Any, fua: bool) -> None:

@@ -18,6 +18,7 @@ from replication.answers import Chunks, data_chunks, data_entries, single_blocks
 from replication.lease import Lease
 from replication.link import Link, Reads
 from replication.pace import Latency
+from replication.repair import Repairs
 
 if TYPE_CHECKING:
     from replication.engine import Engine
@@ -52,6 +53,7 @@ class Reading:
 
     def __init__(self, engine: Engine) -> None:
         self.lease = Lease(engine)
+        self.repairs = Repairs(engine)
         self.sequence = 0
         self.readers: list[Link] = []
         self.reader: Link | None = None  # whose turn it is; None if nobody may be read
@@ -144,7 +146,7 @@ class Reading:
             block += length
             if chunks is None:
                 self.checksum_errors += 1
-                self.read_elsewhere(link, reads.part(number, number + 1))
+                self.bad_answer(link, reads.part(number, number + 1))
             else:
                 reads.client.data(reads.cookies[number], chunks)
 
@@ -162,6 +164,12 @@ class Reading:
         link.reads_total += len(entries)
         reads.client.blocks(reads.cookies, cells)
         return True
+
+    def bad_answer(self, link: Link, read: Reads) -> None:
+        """A member cannot read what it has: another one answers, and it is repaired."""
+        if not read.tried:  # what a repair asks for itself is not repaired
+            self.repairs.damaged(link, read.layer_id, read.firsts[0], read.counts[0])
+        self.read_elsewhere(link, read)
 
     def read_elsewhere(self, link: Link, reads: Reads) -> None:
         """Wrong or no data from one member: ask each other one once, then give up with EIO."""

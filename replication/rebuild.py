@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, NotFoundError, PeerError, StateError
 from replication import membership
 from replication.authority import IN_SYNC, OUT, SYNCING, Record
@@ -34,6 +33,7 @@ from replication.pace import Pace
 from replication.plan import Plan, check_jobs
 from replication.trees import logical_tree
 from replication.turns import Done
+from replication.walks import ask
 
 if TYPE_CHECKING:
     from replication.engine import Engine
@@ -75,7 +75,6 @@ class Rebuild:
         if not engine.readers:
             raise StateError("no replica in sync is reachable to copy from")
         engine.rebuilds.add(self)
-        engine.latency.rebuilding = True
         link.state = SYNCING
         link.rebuild = self
         engine.ledger.change(
@@ -102,7 +101,7 @@ class Rebuild:
             self._end(StateError(f"the rebuild was given up: {why}"))
             end(None)
             return
-        self._pause_folding(True)
+        self.engine.walks.begin(self)
         self.compared_bytes = 0
 
         def described(tree: dict[str, Any]) -> None:
@@ -318,25 +317,8 @@ class Rebuild:
         then: Callable[[dict[str, Any]], None],
         failed: Callable[[BlockdError], None],
     ) -> None:
-        """A control request; an answer that makes no sense fails like a refusal."""
-
-        def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
-            if error is None:
-                try:
-                    answer = wire.json_content(payload)
-                except wire.WireError as nonsense:
-                    error = nonsense
-                else:
-                    then(answer)
-                    return
-            failed(error)
-
-        self.engine.call(link, wire.CONTROL, reply, content=content)
-
-    def _pause_folding(self, paused: bool) -> None:
-        for link in self.engine.readers:
-            content = {"do": "fold", "paused": paused}
-            self.engine.call(link, wire.CONTROL, lambda a, p, e: None, content=content)
+        """A control request."""
+        ask(self.engine, link, content, then, failed)
 
     def abort(self, reason: str) -> None:
         """Give up: the member keeps what it has and is OUT again."""
@@ -354,7 +336,5 @@ class Rebuild:
         self._ended = True
         self.engine.rebuilds.discard(self)
         self.link.rebuild = None
-        if not self.engine.rebuilds:
-            self.engine.latency.rebuilding = False
-            self._pause_folding(False)
+        self.engine.walks.end(self)
         self._done(error)

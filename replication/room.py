@@ -5,7 +5,8 @@ again, no new writes are sent: they wait here, and above WAITING_BYTES_MAX clien
 Trims and everything else go on, because they are what makes room; a trim that overtook writes on
 a full member is answered as soon as every target has done it.
 
-A member that is being rebuilt and has no space is given up: the volume does not wait for it.
+A member that is being rebuilt, or lacks changes of a dead owner, and has no space is given up: the
+volume does not wait for it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Room:
 
     def is_full(self, link: Link, sequence: int) -> None:
         """A member has no space for the change `sequence`."""
-        if link.state != IN_SYNC:
+        if link.state != IN_SYNC or link.behind:
             self._engine.fail(link, "its disk is full")
         elif link.connected:
             self.full[link] = sequence

@@ -219,6 +219,10 @@ class LayerFile:
         except OSError as error:
             raise storage_error("reading layer", self.path, error) from error
 
+    def forget_cached(self, block: int, count: int) -> None:
+        """Take blocks out of the page cache that are on the disk as they are there."""
+        os.posix_fadvise(self.fd, block_offset(block), count * BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+
     def write(self, block: int, data: memoryview) -> None:
         """Write the data of blocks of one region; no map entry changes."""
         try:

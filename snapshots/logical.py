@@ -75,10 +75,13 @@ class Logical(DataPath):
         target[: 4 * count] = entries.tobytes()
         return used if self._undisturbed(layout) else AGAIN
 
-    def layer_digests(self, layer_id: int, parent_id: int, first: int, count: int) -> bytes:
+    def layer_digests(
+        self, layer_id: int, parent_id: int, first: int, count: int, *, from_disk: bool = False
+    ) -> bytes:
         """16 bytes per block of one region; b"" in place of AGAIN.
 
-        ABSENT_DIGEST, ZEROS_DIGEST, BAD_DIGEST, or the BLAKE2b of the data.
+        ABSENT_DIGEST, ZEROS_DIGEST, BAD_DIGEST, or the BLAKE2b of the data. `from_disk`: what is in
+        memory and on the disk is read from the disk.
         """
         layout = self.layout
         entries, data_runs = self._compose(layer_id, parent_id, first, count)
@@ -86,6 +89,8 @@ class Logical(DataPath):
         digests = [zeros if entry == ZEROS else ABSENT_DIGEST for entry in entries]
         for start, length, layer in data_runs:
             content = memoryview(bytearray(length * BLOCK_BYTES))
+            if from_disk:
+                layer.forget_cached(start, length)
             readable = True
             try:
                 layer.read(start, length, content)

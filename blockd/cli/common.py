@@ -117,6 +117,29 @@ def snapshot_argument(function: Function) -> Function:
     )(function)
 
 
+def snapshots_argument(function: Function) -> Function:
+    """Add the argument VOL@NAME, VOL@FIRST..LAST or VOL, passed on as `target`: (VOL, FIRST, LAST);
+    names are empty where there is none."""
+
+    def parse(
+        _context: click.Context, _parameter: click.Parameter, value: str
+    ) -> tuple[str, str, str]:
+        volume, _, names = value.partition("@")
+        first, dots, last = names.partition("..")
+        last = last if dots else first
+        wanted = [volume, first, last] if "@" in value else [volume]
+        if not all(NAME_PATTERN.fullmatch(name) for name in wanted):
+            raise click.BadParameter(
+                f"{value!r} is not VOL@NAME, VOL@FIRST..LAST or VOL (names are 1 to 63 characters "
+                "a-z 0-9 . _ -); example: demo@before-upgrade"
+            )
+        return volume, first, last
+
+    return click.argument(
+        "target", metavar="VOL@NAME", callback=parse, shell_complete=_complete_snapshots
+    )(function)
+
+
 def label_option(function: Function) -> Function:
     """Add `--label KEY=VALUE`, passed on as `labels`, a dictionary."""
 
@@ -234,3 +257,19 @@ def replica_named(volume: Json, text: str) -> str:
 def refuse(message: str) -> NoReturn:
     """Raise the error of a command line that cannot be carried out."""
     raise RequestError(message)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar on a terminal; gives the function that takes the share done and a note."""
+    if not sys.stderr.isatty():
+        yield lambda fraction, note: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda fraction, note: bar.update(
+            task, completed=fraction, description=f"{what} {note}".rstrip()
+        )

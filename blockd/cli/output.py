@@ -159,7 +159,7 @@ def volume_details(volume: Json) -> None:
 def replica_table(replicas: list[Json]) -> None:
     """One line per replica; what there is to say about one stands below."""
     rows(
-        ("ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"),
+        ("ID", "STATE", "REBUILD", "PID", "ADDRESS", "PATH"),
         [
             (
                 replica.get("id"),
@@ -195,9 +195,50 @@ def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
     )
 
 
+def snapshot_tree(volume: Json) -> None:
+    """The snapshots of a volume as a tree, the volume itself where it is now.
+
+    What was taken on the one above stands below it; only where several were taken on the same one
+    the tree goes into branches.
+    """
+    children: dict[int, list[tuple[int, str]]] = {}
+    for snapshot in volume["snapshots"]:
+        name = f"{bare_snapshot_name(snapshot)}  {snapshot.get('created') or ''}".rstrip()
+        children.setdefault(snapshot.get("parent") or 0, []).append((snapshot["id"], name))
+    children.setdefault(volume.get("head_parent") or 0, []).append((-1, "(the volume now)"))
+
+    def draw(parent: int, indent: str) -> None:
+        below = children.get(parent, [])
+        while len(below) == 1:
+            click.echo(indent + below[0][1])
+            below = children.get(below[0][0], [])
+        for number, (layer_id, name) in enumerate(below):
+            last = number == len(below) - 1
+            click.echo(f"{indent}{'└─ ' if last else '├─ '}{name}")
+            draw(layer_id, indent + ("   " if last else "│  "))
+
+    draw(0, "")
+
+
 def bare_snapshot_name(snapshot: Json) -> str:
     """The name of a snapshot without its volume's."""
     return str(snapshot.get("name")).rpartition("@")[2]
+
+
+def verify_table(view: Json) -> None:
+    """What a verification found, in total and by replica."""
+    report = view["verify"]
+    facts = {
+        "checked": size_text(report["checked_blocks"] * 4096),
+        "layers": report["layers"],
+        "bad blocks": report["bad_blocks"],
+        "repaired": report["repaired_blocks"],
+        "not repaired": report["unrepaired_blocks"],
+        "differing blocks": report["differing_blocks"],
+    }
+    for replica, count in report["members"].items():
+        facts[f"on replica {replica}"] = f"{count} bad or differing"
+    pairs(facts)
 
 
 def rebuild_text(rebuild: Json | None) -> str:

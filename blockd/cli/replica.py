@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import click
 
@@ -15,6 +13,7 @@ from blockd.cli.common import (
     hint,
     output_option,
     pass_settings,
+    progress,
     replica_named,
     timeout_option,
     volume_named_vol,
@@ -62,12 +61,12 @@ Example:
 @output_option
 @pass_settings
 def add(settings: Settings, volume: str, timeout: float, output: str) -> None:
-    """Add a replica; it counts once a rebuild has filled it."""
+    """Add a replica; it counts once it has been filled, which begins at once."""
     with settings.client() as client, waiting(f"adding a replica to volume {volume}"):
         client.replica_add(volume, wait=timeout)
         replicas = client.replicas(volume)
     out.show(replicas, output, out.replica_table)
-    hint(f"next: blockd replica rebuild {volume}")
+    hint(f"to wait until it is in sync: blockd replica rebuild {volume}")
 
 
 @replica.command(
@@ -138,7 +137,7 @@ def rebuild(
             return
         client.rebuild(volume, replica_id, wait=min(timeout, WAIT_SECONDS))
         if wait:
-            with _progress(f"rebuilding {volume}") as report:
+            with progress(f"rebuilding {volume}") as report:
                 after = _follow(client, volume, targets, timeout, report)
         else:
             after = client.volume(volume)
@@ -208,19 +207,3 @@ def _failure_text(view: Json, target: str, what: str) -> str:
         f"replica rebuild {name}`; to replace it: `blockd replica rm {name} {target}`, `blockd "
         f"replica add {name}`"
     )
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[float, str], None]]:
-    """A progress bar on a terminal; gives the function that takes the share done and a note."""
-    if not sys.stderr.isatty():
-        yield lambda fraction, note: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=1.0)
-        yield lambda fraction, note: progress.update(
-            task, completed=fraction, description=f"{what} {note}".rstrip()
-        )

@@ -11,12 +11,16 @@ from blockd.cli.common import (
     label_option,
     output_option,
     pass_settings,
+    refuse,
     snapshot_argument,
+    snapshots_argument,
     timeout_option,
     volume_named_vol,
     waiting,
 )
 from blockd.client import Json
+from protocol.errors import NotFoundError
+from protocol.units import SNAPSHOTS_MAX
 
 
 @click.group(no_args_is_help=False)
@@ -94,21 +98,87 @@ def show(settings: Settings, snapshot: tuple[str, str], output: str) -> None:
 
 @snapshot.command(
     epilog="""\b
-Example:
+Examples:
   blockd snapshot rm data@monday
+  blockd snapshot rm data@monday..friday       # these and all taken in between
+  blockd snapshot rm data --keep-last 7        # all but the seven newest
 """
 )
-@snapshot_argument
+@snapshots_argument
+@click.option(
+    "--keep-last",
+    type=click.IntRange(0, SNAPSHOTS_MAX),
+    metavar="N",
+    help="With VOL alone: remove all snapshots but the N newest.",
+)
 @timeout_option
 @output_option
 @pass_settings
-def rm(settings: Settings, snapshot: tuple[str, str], timeout: float, output: str) -> None:
-    """Remove a snapshot; the volume and its other snapshots stay as they are."""
-    volume, name = snapshot
-    with settings.client() as client, waiting(f"removing snapshot {volume}@{name}"):
-        client.snapshot_delete(volume, name, wait=timeout)
-    answer = {"name": f"{volume}@{name}", "removed": True}
-    out.show(answer, output, lambda _: click.echo(f"snapshot {volume}@{name} is removed"))
+def rm(
+    settings: Settings,
+    target: tuple[str, str, str],
+    keep_last: int | None,
+    timeout: float,
+    output: str,
+) -> None:
+    """Remove snapshots; the volume and its other snapshots stay as they are."""
+    volume, first, last = target
+    if bool(first) == (keep_last is not None):
+        refuse("name the snapshots as VOL@NAME or VOL@FIRST..LAST, or give VOL and --keep-last N")
+    with settings.client() as client:
+        names = [first]
+        if first != last or keep_last is not None:
+            there = [out.bare_snapshot_name(view) for view in client.snapshots(volume)]
+            names = chosen_names(volume, there, first, last, keep_last)
+        removed = []
+        for name in names:
+            with waiting(f"removing snapshot {volume}@{name}"):
+                client.snapshot_delete(volume, name, wait=timeout)
+            removed.append({"name": f"{volume}@{name}", "removed": True})
+
+    def table(_: object) -> None:
+        for one in removed:
+            click.echo(f"snapshot {one['name']} is removed")
+        if not removed:
+            click.echo("no snapshot is to be removed")
+
+    single = first == last and keep_last is None
+    out.show(removed[0] if single else removed, output, table)
+
+
+def chosen_names(
+    volume: str, there: list[str], first: str, last: str, keep_last: int | None
+) -> list[str]:
+    """Which of the snapshots that are there, oldest first, are meant."""
+    if keep_last is not None:
+        return there[: len(there) - keep_last] if keep_last < len(there) else []
+    if f"{first}..{last}" in there:
+        return [f"{first}..{last}"]  # dots may be part of a name
+    for name in (first, last):
+        if name not in there:
+            raise NotFoundError(
+                f"snapshot {volume}@{name} does not exist; see `blockd snapshot ls {volume}`"
+            )
+    start, stop = there.index(first), there.index(last)
+    if start > stop:
+        refuse(f"{first} is newer than {last}; give the older one first: {volume}@{last}..{first}")
+    return there[start : stop + 1]
+
+
+@snapshot.command(
+    epilog="""\b
+Example:
+  blockd snapshot tree data
+"""
+)
+@volume_named_vol
+@output_option
+@pass_settings
+def tree(settings: Settings, volume: str, output: str) -> None:
+    """Draw which snapshot was taken on which, and where the volume is now."""
+    with settings.client() as client:
+        view = client.volume(volume)
+    out.show(view, output, out.snapshot_tree)
 
 
 @snapshot.command(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 import click
 
@@ -14,17 +16,21 @@ from blockd.cli.common import (
     label_option,
     output_option,
     pass_settings,
+    progress,
     refuse,
     timeout_option,
     volume_argument,
     waiting,
     warn_unhealthy,
 )
-from blockd.client import Json
+from blockd.client import Client, Json
+from protocol.errors import DeadlineError, StateError, StorageError
 from protocol.units import REPLICAS_MAX, check_name, parse_rate, parse_size
 
 FRONTENDS = ("auto", "fuse", "socket")
 FILE_SYSTEMS = ("ext4", "xfs")
+VERIFY_SECONDS = 7 * 86_400.0  # a large volume beside busy users takes days
+POLL_SECONDS = 0.3  # a person sees it as continuous; each poll costs one status
 
 
 def keeping_options(function: Function) -> Function:
@@ -319,3 +325,69 @@ def umount(settings: Settings, name: str, timeout: float, output: str) -> None:
     with settings.client() as client, waiting(f"unmounting volume {name}"):
         unmounted = client.umount(name, wait=timeout)
     out.show(unmounted, output, lambda view: out.volume_table([view]))
+
+
+@volume.command(
+    epilog="""\b
+Examples:
+  blockd volume verify data
+  blockd volume verify data --no-wait && blockd volume show data -o json
+"""
+)
+@volume_argument
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it has ended.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=VERIFY_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait (then: exit code 5); the verification goes on.",
+)
+@output_option
+@pass_settings
+def verify(settings: Settings, name: str, wait: bool, timeout: float, output: str) -> None:
+    """Check every block on every replica, snapshots included, while the volume is in use.
+
+    Blocks that do not match their checksum are repaired from another replica; a replica that holds
+    other data than the others is compared and made equal. It gives way to the volume's users. Exit
+    code 1 if a block is bad on every replica, or if it could not go to the end.
+    """
+    with settings.client() as client:
+        started = client.verify(name)
+        if wait:
+            with progress(f"verifying {name}") as report:
+                started = _follow(client, name, timeout, report)
+    out.show(started, output, out.verify_table)
+    found = started["verify"]
+    if found["error"]:
+        raise StorageError(f"the verification of volume {name} ended early: {found['error']}")
+    if found["unrepaired_blocks"] and not found["running"]:
+        raise StorageError(
+            f"{found['unrepaired_blocks']} blocks of volume {name} are damaged on every replica "
+            "that has them; restore what they hold from a backup, or write it anew"
+        )
+
+
+def _follow(
+    client: Client, name: str, timeout: float, report: Callable[[float, str], None]
+) -> Json:
+    """Watch until the verification has ended; the volume then."""
+    begin = time.monotonic()
+    while True:
+        view = client.volume(name)
+        found = view.get("verify")
+        if found is None:
+            raise StateError(
+                f"the volume daemon of {name} was restarted, which ends a verification; "
+                f"begin it again: `blockd volume verify {name}`"
+            )
+        if not found["running"]:
+            return view
+        if time.monotonic() - begin > timeout:
+            raise DeadlineError(
+                f"verification of volume {name} has not ended after {timeout:g} s and goes on; "
+                f"see `blockd volume show {name} -o json`"
+            )
+        report(found["checked_blocks"] / max(1, found["total_blocks"]), "")
+        time.sleep(POLL_SECONDS)

@@ -294,7 +294,7 @@ class LocalMember:
             copying.read(place, later)
             return
         if operation == wire.LAYER_HASH:
-            copying.digests(place, later)
+            copying.digests(place, later, from_disk=bool(length))
             return
         payload: bytes | memoryview = b"{}"
         answer = wire.ANSWERS[operation]

@@ -7,19 +7,22 @@ if its machine has not been rebooted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockd.daemons import opening, process
 from blockd.daemons.handshake import Session
 from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
-from protocol.errors import BlockdError, ConflictError
+from protocol.errors import BlockdError, ConflictError, StateError
 from replication import membership
 from replication.authority import IN_SYNC, OUT, SYNCING
+from replication.choosing import is_stranger
 from replication.link import Link
 from replication.pace import Pace
 from replication.rebuild import Rebuild
 from replication.returning import come_back
+from replication.scrub import Report, Scrub
 from replication.watch import LOOK_SECONDS, Watch
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ RECONNECTS_MAX = 2  # at a time: a host that hangs holds a worker thread for sec
 RESYNC_SECONDS = 1.0  # before a returning member is made equal again; doubled each time
 RESYNC_SECONDS_MAX = 300.0
 STEADY_SECONDS = 60.0  # in sync for so long, a member is as good as new
+
+
+class _Stranger(StateError):
+    """The directory is not the one that took part: it is compared as a whole."""
 
 
 class Members:
@@ -47,6 +54,8 @@ class Members:
         self._resync_at: dict[str, float] = {}
         self._resync_delay: dict[str, float] = {}
         self._in_sync_since: dict[str, float] = {}
+        self.verified: Report | None = None  # the last or running verification
+        engine.repairs.on_event = process.log
         engine.on_lost = self._lost
         for replica_uuid, member in opened.record.members.items():
             link = Link(replica_uuid, member.address, member.state)
@@ -129,6 +138,12 @@ class Members:
             if found != replica_uuid:
                 session.socket.close()
                 raise ConflictError(f"{address} serves replica {found}, not {replica_uuid}")
+            if is_stranger(record, replica_uuid, session.hello):
+                session.socket.close()
+                raise _Stranger(
+                    "its directory is empty or an old copy, not the one that was in sync; put that "
+                    "one back in place"
+                )
             session.hello = session.fence(opening.fence_content(record))
             return session
 
@@ -136,6 +151,10 @@ class Members:
             self._reconnecting.discard(replica_uuid)
             if failure is not None or session is None:
                 link.failure = str(failure)
+                if isinstance(failure, _Stranger) and member.state != IN_SYNC:
+                    self._engine.ledger.change(
+                        lambda record: record.as_stranger(replica_uuid), lambda error: None
+                    )
                 if isinstance(failure, ConflictError):
                     # It refuses our epoch, perhaps: a swap finds out whether we were fenced.
                     self._engine.ledger.change(lambda record: record, lambda error: None)
@@ -210,7 +229,7 @@ class Members:
         self._rebuild(link)
 
     def _rebuild(self, link: Link) -> None:
-        pace = Pace(self._engine.latency, self._loop.later, lambda: self.bytes_per_second)
+        pace = Pace(self._engine.latency, self._later, lambda: self.bytes_per_second)
 
         def done(error: BlockdError | None) -> None:
             copied = rebuild.copied_bytes >> 20
@@ -219,3 +238,29 @@ class Members:
 
         rebuild = Rebuild(self._engine, link, done, pace)
         rebuild.start()
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Call something later and send what it has queued."""
+
+        def run() -> None:
+            call()
+            self._daemon.send_everything()
+
+        self._loop.later(seconds, run)
+
+    # ---- verifying ------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Begin to compare all members, block by block; `verified` is its report."""
+
+        def done(report: Report) -> None:
+            process.log(
+                f"verified {report.checked_blocks} blocks in {report.seconds:.0f} s: "
+                f"{report.bad_blocks} bad, {report.repaired_blocks} repaired, "
+                f"{report.differing_blocks} differing"
+                + (f"; ended early: {report.error}" if report.error else "")
+            )
+
+        scrub = Scrub(self._engine, done, Pace(self._engine.latency, self._later))
+        scrub.start()
+        self.verified = scrub.report

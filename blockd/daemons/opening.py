@@ -35,7 +35,7 @@ from protocol.errors import (
     StorageError,
 )
 from replication.authority import IN_SYNC, OUT, Authority, Member, Record
-from replication.choosing import Choice, choose
+from replication.choosing import Choice, choose, is_stranger
 from replication.lease import TAKEOVER_SECONDS
 from replication.structure import adopt_unrecorded, drop_layers, finish_revert
 
@@ -79,6 +79,7 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
     _check_members(authority, record, sessions)
     was_clean = record.clean
     record = _with_addresses(record, sessions)
+    record = _without_strangers(record, sessions, log)
     record = authority.swap(replace(record, epoch=record.epoch + 1, clean=False))
     promised = _fence(record, sessions, log)
     if not was_clean and not _all_fenced(record, promised):
@@ -92,7 +93,7 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
         if member.state != OUT and replica_uuid not in choice.in_sync:
             log(f"replica {replica_uuid} is not known to be equal: OUT until it was compared")
             record = record.with_state(replica_uuid, OUT)
-    record = authority.swap(record)
+    record = authority.swap(replace(record, served_epoch=record.epoch))
     _trust(sessions, choice, log)
     return Opened(record, sessions, choice)
 
@@ -104,6 +105,24 @@ def _trust(sessions: dict[str, AnySession], choice: Choice, log: Log) -> None:
             sessions[replica_uuid].ask(wire.CONTROL, {"do": "trust"})
         except (PeerError, StorageError) as error:
             log(f"replica {replica_uuid} was lost: {error}")  # its socket will say so again
+
+
+def _without_strangers(record: Record, sessions: dict[str, AnySession], log: Log) -> Record:
+    """Directories that are not the ones that took part are OUT, and compared as a whole."""
+    for name, session in sessions.items():
+        if is_stranger(record, name, session.hello):
+            log(
+                f"the directory of replica {name} knows of epoch "
+                f"{session.hello['promised_epoch']} only: it is empty, or an old copy; it will be "
+                "compared and filled as a whole"
+            )
+            record = record.as_stranger(name)
+    if not any(member.state == IN_SYNC for member in record.members.values()):
+        raise DegradedError(
+            f"no replica of volume {record.volume_name} that can be reached holds its data: their "
+            "directories are empty or old copies; put the newest ones back in place"
+        )
+    return record
 
 
 def _all_fenced(record: Record, promised: dict[str, dict[str, Any]]) -> bool:

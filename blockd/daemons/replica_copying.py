@@ -42,11 +42,11 @@ class ReplicaCopying:
 
         self._in_thread(work, done)
 
-    def digests(self, place: Place, done: Done) -> None:
-        """The payload of a LAYER_DIGESTS about some blocks."""
+    def digests(self, place: Place, done: Done, *, from_disk: bool = False) -> None:
+        """The payload of a LAYER_DIGESTS about some blocks; `from_disk` as `layer_digests`."""
 
         def work() -> memoryview | None:
-            digests = self._replica.layer_digests(*place)
+            digests = self._replica.layer_digests(*place, from_disk=from_disk)
             return memoryview(digests) if digests else None
 
         self._in_thread(work, done)

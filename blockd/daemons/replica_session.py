@@ -436,7 +436,7 @@ class ReplicaSession(Stream):
 
     def _copying(self, frame: wire.Frame) -> None:
         """Blocks of logical layers, for a rebuild (replica_copying.py)."""
-        operation, flags, _, offset, sequence, argument, payload = frame
+        operation, flags, length, offset, sequence, argument, payload = frame
         copying, place = self._service.copying, wire.place_of(flags, offset, argument)
         if operation == wire.LAYER_WRITE:
             copying.write(place, payload)
@@ -447,7 +447,8 @@ class ReplicaSession(Stream):
         elif operation == wire.LAYER_READ:
             copying.read(place, partial(self._copied, frame, wire.LAYER_DATA))
         else:
-            copying.digests(place, partial(self._copied, frame, wire.LAYER_DIGESTS))
+            answer = partial(self._copied, frame, wire.LAYER_DIGESTS)
+            copying.digests(place, answer, from_disk=bool(length))
 
     def _copied(
         self,

@@ -31,7 +31,7 @@ from protocol.errors import (
 )
 from protocol.nbd.exports import Export
 from protocol.units import check_min_in_sync, check_name, parse_rate
-from replication.authority import SqliteAuthority
+from replication.authority import Authority, SqliteAuthority
 from replication.catchup import CatchUp
 from replication.choosing import Choice
 from replication.engine import Engine
@@ -49,7 +49,7 @@ class VolumeDaemon:
     """One open volume and everything connected to it."""
 
     def __init__(
-        self, loop: Loop, authority: SqliteAuthority, opened: opening.Opened, options: Options
+        self, loop: Loop, authority: Authority, opened: opening.Opened, options: Options
     ) -> None:
         self.loop = loop
         self.options = options
@@ -190,9 +190,17 @@ class VolumeDaemon:
 
     def _drain(self) -> None:
         engine = self.engine
-        if engine.pending or engine.locks.held or self.structure.busy or engine.rebuilds:
+        if (
+            engine.pending
+            or engine.locks.held
+            or self.structure.busy
+            or engine.rebuilds
+            or engine.scrub
+        ):
             for rebuild in list(engine.rebuilds):
                 rebuild.abort("the volume daemon stops")
+            if engine.scrub is not None:
+                engine.scrub.abort("the volume daemon stops")
             self.send_everything()
             self.loop.later(0.02, self._drain)
             return

@@ -12,6 +12,7 @@ from protocol.errors import BlockdError, ConflictError, NotFoundError, StateErro
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
 from replication.link import Link
+from replication.scrub import Report
 
 if TYPE_CHECKING:
     from blockd.daemons.volume import VolumeDaemon
@@ -37,6 +38,7 @@ class VolumeCommands:
             "member-address": self._member_address,
             "rebuild": self._rebuild,
             "configure": self._configure,
+            "verify": self._verify,
         }
         return {name: self._sending(command) for name, command in commands.items()}
 
@@ -87,7 +89,10 @@ class VolumeCommands:
                     "trims": engine.zeros_total,
                     "flushes": engine.flushes_total,
                     "checksum_errors": engine.checksum_errors,
+                    "repaired_blocks": engine.repairs.repaired_blocks,
+                    "failed_repairs": engine.repairs.failed,
                 },
+                "verify": _report(daemon.members.verified),
                 "held": daemon.ledger.held,
                 "paused": self._paused(),
                 "suspended": engine.suspended,
@@ -231,6 +236,11 @@ class VolumeCommands:
         self._daemon.members.rebuild_now(self._link(request))
         answer({})
 
+    def _verify(self, request: dict[str, Any], answer: Answer) -> None:
+        """Compare all members, block by block; `status` shows the progress."""
+        self._daemon.members.verify()
+        answer({})
+
     def _configure(self, request: dict[str, Any], answer: Answer) -> None:
         """Set `min_in_sync` and `rebuild_bandwidth` (bytes per second; null: no cap)."""
         wanted = int(request["min_in_sync"])
@@ -277,7 +287,15 @@ def _member(replica_uuid: str, member: Member, link: Link | None) -> dict[str, A
         "rebuild": link.rebuild.progress() if link.rebuild is not None else None,
         "reads": link.reads_total,
         "errors": link.errors,
+        "repaired_blocks": link.repaired_blocks,
     }
+
+
+def _report(report: Report | None) -> dict[str, Any] | None:
+    """What a verification found, or has found so far."""
+    if report is None:
+        return None
+    return {**asdict(report), "unrepaired_blocks": report.unrepaired_blocks}
 
 
 def _answer_with(answer: Answer) -> Callable[[BlockdError | None], None]:

@@ -45,7 +45,7 @@ from blockd.node.api_types import (
 from blockd.node.context import Context
 from blockd.node.objects import Disk, Node, VolumeSpec
 from blockd.node.operations import Operations
-from blockd.node.views import ReplicaView, SnapshotView, VolumeView, snapshot_views
+from blockd.node.views import ReplicaView, SnapshotView, VolumeView
 
 WAIT_SECONDS = 60.0
 WAIT_SECONDS_MAX = 3600.0  # a client that wants longer asks again
@@ -191,8 +191,7 @@ def volume_umount(
 @get("/v1/volumes/{name:str}/snapshots", sync_to_thread=True)
 def snapshot_list(operations: Ops, context: Ctx, name: FromPath[str]) -> list[SnapshotView]:
     """The snapshots of a volume, oldest first."""
-    operations.volume(name)
-    return snapshot_views(context, name)
+    return operations.volume(name).snapshots
 
 
 @post("/v1/volumes/{name:str}/snapshots", sync_to_thread=True)
@@ -268,6 +267,14 @@ def rebuild(
     return operations.rebuild(name, (data or RebuildBody()).replica, wait)
 
 
+@post("/v1/volumes/{name:str}/verify", status_code=200, sync_to_thread=True)
+def verify(
+    operations: Ops, name: FromPath[str], data: JSONBody[EmptyBody | None] = None
+) -> VolumeView:
+    """Begin to verify all replicas; `verify` of the volume shows how far it is."""
+    return operations.verify(name)
+
+
 HANDLERS = [
     version,
     status,
@@ -291,6 +298,7 @@ HANDLERS = [
     replica_add,
     replica_delete,
     rebuild,
+    verify,
 ]
 
 

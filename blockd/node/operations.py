@@ -15,7 +15,7 @@ from typing import Any
 
 from blockd.frontends import check as check_front_end
 from blockd.frontends import choose
-from blockd.node import mounts
+from blockd.node import control, mounts
 from blockd.node.context import SNAPSHOT_FINALIZER, VOLUME_FINALIZER, Context
 from blockd.node.objects import (
     BLOCK_SIZES,
@@ -55,7 +55,7 @@ from protocol.units import (
     check_rate,
     check_size,
 )
-from replication.authority import IN_SYNC
+from replication.authority import IN_SYNC, Record
 
 POLL_SECONDS = 0.05
 REBUILD_WAIT_SECONDS_MAX = 7 * 86_400
@@ -239,7 +239,7 @@ class Operations:
             raise NotFoundError(
                 f"snapshot {volume}@{name} does not exist; see `blockd snapshot ls {volume}`"
             )
-        return snapshot_view(item)
+        return snapshot_view(item, self._record(volume))
 
     def snapshot_create(
         self, volume: str, name: str, labels: dict[str, str], wait_seconds: float
@@ -270,7 +270,7 @@ class Operations:
                 )
             time.sleep(POLL_SECONDS)
             item = self._store.get(Snapshot, key)
-        return snapshot_view(item)
+        return snapshot_view(item, self._record(volume))
 
     def snapshot_remove(self, volume: str, name: str, wait_seconds: float) -> None:
         """Remove a snapshot."""
@@ -379,6 +379,18 @@ class Operations:
         self._await(item, started, wait_seconds, "rebuilding")
         return self.volume(volume)
 
+    def verify(self, volume: str) -> VolumeView:
+        """Begin to check and compare every block of an attached volume on all its replicas."""
+        item = self._volume(volume)
+        daemon = self._context.volume_daemon(item, [])
+        if not item.spec.attached or not daemon.control.exists():
+            raise ConflictError(
+                f"volume {volume} is not attached, and its volume daemon compares the replicas; "
+                f"attach it first: `blockd volume attach {volume}`"
+            )
+        control.ask(daemon.control, "verify")
+        return self.volume(volume)
+
     # -- helpers --------------------------------------------------------------------------------
 
     def _volume(self, name: str) -> Volume:
@@ -398,8 +410,11 @@ class Operations:
             f"volume {volume} has no replica {replica}; see `blockd replica ls {volume}`"
         )
 
+    def _record(self, volume: str) -> Record | None:
+        return self._context.authority.load(self._volume(volume).metadata.uid)
+
     def _is_member(self, volume: str, uid: str) -> bool:
-        record = self._context.authority.load(self._volume(volume).metadata.uid)
+        record = self._record(volume)
         return record is not None and uid in record.members
 
     def _await(

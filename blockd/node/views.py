@@ -27,6 +27,23 @@ class RebuildView(msgspec.Struct):
     seconds_left: float | None
 
 
+class VerifyView(msgspec.Struct):
+    """A verification that runs or has run. Blocks of 4 KiB are counted once per replica that has
+    them: bad ones do not match their checksum, differing ones do but are not like the others."""
+
+    running: bool
+    layers: int
+    checked_blocks: int
+    total_blocks: int
+    bad_blocks: int
+    repaired_blocks: int
+    unrepaired_blocks: int
+    differing_blocks: int
+    seconds: float
+    error: str | None
+    members: dict[str, int]
+
+
 class ReplicaView(msgspec.Struct):
     """One copy. `state` is the member state, or NEW before it is a member.
 
@@ -45,7 +62,7 @@ class ReplicaView(msgspec.Struct):
 
 
 class SnapshotView(msgspec.Struct):
-    """One snapshot; `id` is its layer."""
+    """One snapshot; `id` is its layer, `parent` that of the snapshot it was taken on (0: none)."""
 
     name: str
     volume: str
@@ -82,6 +99,8 @@ class VolumeView(msgspec.Struct):
     labels: dict[str, str]
     replicas: list[ReplicaView]
     snapshots: list[SnapshotView]
+    head_parent: int
+    verify: VerifyView | None
 
 
 def volume_view(context: Context, volume: Volume) -> VolumeView:
@@ -119,26 +138,38 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         created=volume.metadata.created,
         labels=volume.metadata.labels,
         replicas=replicas,
-        snapshots=snapshot_views(context, name),
+        snapshots=snapshot_views(context, name, record),
+        head_parent=_named_ancestor(record, record.head_parent) if record else 0,
+        verify=msgspec.convert((answer or {}).get("verify"), VerifyView | None),
     )
 
 
-def snapshot_views(context: Context, volume: str) -> list[SnapshotView]:
+def snapshot_views(context: Context, volume: str, record: Record | None) -> list[SnapshotView]:
     """The snapshots of a volume that are there, oldest first."""
     return [
-        snapshot_view(item)
+        snapshot_view(item, record)
         for item in context.snapshots_of(volume)
         if item.status.ready and item.metadata.deleted is None
     ]
 
 
-def snapshot_view(item: Snapshot) -> SnapshotView:
+def _named_ancestor(record: Record, layer_id: int) -> int:
+    """The layer itself, or the nearest one below it that is a snapshot; 0: there is none."""
+    layers = {layer.id: layer for layer in record.layers}
+    while layer_id in layers and not layers[layer_id].name:
+        layer_id = layers[layer_id].parent
+    return layer_id if layer_id in layers else 0
+
+
+def snapshot_view(item: Snapshot, record: Record | None) -> SnapshotView:
     """One snapshot."""
+    layer = record.layer_named(item.spec.name) if record else None
+    parent = _named_ancestor(record, layer.parent) if record and layer else item.status.parent
     return SnapshotView(
         name=item.spec.name,
         volume=item.spec.volume,
         id=item.status.layer_id,
-        parent=item.status.parent,
+        parent=parent,
         created=item.status.created,
         labels=item.metadata.labels,
         ready=item.status.ready,

@@ -147,9 +147,29 @@ def volume_view(**changes: Any) -> dict[str, Any]:
         "snapshots": [
             {"name": "monday", "created": "2026-01-05T10:00:00Z", "labels": {"a": "1"}, "id": 1}
         ],
+        "head_parent": 1,
+        "verify": None,
         "created": "2026-01-05T09:00:00Z",
     }
     return {**view, **changes}
+
+
+def verify_view(running: bool = False, **changes: Any) -> dict[str, Any]:
+    """A verification as the API shows it, with `changes`."""
+    report: dict[str, Any] = {
+        "running": running,
+        "layers": 2,
+        "checked_blocks": 512,
+        "total_blocks": 1024,
+        "bad_blocks": 3,
+        "repaired_blocks": 3,
+        "unrepaired_blocks": 0,
+        "differing_blocks": 0,
+        "seconds": 1.5,
+        "error": None,
+        "members": {"3f2a9c10-0000-4000-8000-000000000001": 3},
+    }
+    return {**report, **changes}
 
 
 def replica_view(

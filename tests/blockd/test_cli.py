@@ -78,7 +78,7 @@ def test_a_table_in_a_pipe_is_neither_cut_off_nor_padded(node: FakeNode, run: Ru
     assert code == 0
     heading, line, other = printed.splitlines()
     assert [heading, line, other] == [heading.rstrip(), line.rstrip(), other.rstrip()]
-    assert heading.split() == ["ID", "STATE", "REBUILT", "PID", "ADDRESS", "PATH"]
+    assert heading.split() == ["ID", "STATE", "REBUILD", "PID", "ADDRESS", "PATH"]
     assert line.endswith(path)
     assert line.split()[:2] == [replica["id"], "IN_SYNC"]
 

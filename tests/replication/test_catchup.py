@@ -7,7 +7,9 @@ import pytest
 
 from protocol.errors import BlockdError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
+from replication.authority import OUT
 from replication.catchup import PIECE_BLOCKS, WINDOW, CatchUp
+from tests.replication.test_room import fill
 from tests.replication.world import World
 
 Ranges = list[tuple[int, int]]
@@ -80,6 +82,17 @@ def test_a_member_lost_meanwhile_does_not_come_back_as_equal() -> None:
     world.settle()
     assert outcome == [None]
     assert world.link("r1") not in world.engine.readers
+    assert all_equal(world, "r0", "r2")
+
+
+def test_a_member_without_space_for_what_it_lacks_does_not_hold_the_opening_up() -> None:
+    world, ranges = differing()
+    fill(world, "r1")
+    outcome = catch_up(world, ranges)
+    world.settle()
+    assert outcome == [None]
+    assert not world.engine.paused
+    assert world.state("r1") == OUT
     assert all_equal(world, "r0", "r2")
 
 

@@ -1,10 +1,14 @@
 """Proves that a rebuild slows down for a foreground that waits, runs free when there is none, and
-stays under its cap."""
+stays under its cap; and that it ends even if the foreground waits all the time."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from replication import copyjobs
 from replication.pace import (
     FLOOR_SECONDS,
     LATENCY_FACTOR,
@@ -27,7 +31,7 @@ class Bench:
         self.pace = Pace(self.latency, bytes_per_second=lambda: self.cap)
         for _ in range(50):
             self.request(USUAL)
-        self.latency.rebuilding = True
+        self.latency.contended = True
 
     def request(self, seconds: float) -> None:
         began = self.time
@@ -92,3 +96,39 @@ def test_time_unused_is_not_saved_up_under_a_cap() -> None:
     bench = Bench(10 << 20)
     bench.time += 100
     assert bench.run(10, USUAL) == pytest.approx(10 << 20, rel=0.05)
+
+
+def test_jobs_are_done_one_after_each_pause_while_latencies_stay_high(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench()
+    bench.run(2, USUAL * 10)
+    later: list[float] = []
+    calls: list[Any] = []
+    bench.pace.later = lambda seconds, call: (later.append(seconds), calls.append(call))
+    done: list[int] = []
+
+    class Copy:
+        def __init__(self, jobs: copyjobs.CopyJobs, job: Any) -> None:
+            self.jobs = jobs
+
+        def start(self) -> None:
+            done.append(len(later))
+            self.jobs.ended(1)
+
+    monkeypatch.setattr(copyjobs, "_Copy", Copy)
+    rebuild: Any = SimpleNamespace(
+        pace=bench.pace, engine=None, compared_bytes=0, is_current=lambda attempt: True
+    )
+    finished: list[bool] = []
+    jobs = copyjobs.CopyJobs(
+        rebuild, 1, iter([(1, 0, 0, 1, True)] * 5), lambda: finished.append(True)
+    )
+    jobs.pump()
+    for _ in range(7):
+        bench.request(USUAL * 10)
+        if calls:
+            calls.pop(0)()
+    assert done == [1, 2, 3, 4, 5]
+    assert set(later) == {PAUSE_SECONDS_MAX}
+    assert finished == [True]

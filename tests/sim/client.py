@@ -165,9 +165,7 @@ class Client:
 
     def read_at(self, volume: VolumeProcess, block: int) -> None:
         """One block from the member whose turn it is."""
-        request = Request(
-            "read", volume, self.kernel.now, [], block * BLOCK_BYTES, BLOCK_BYTES
-        )
+        request = Request("read", volume, self.kernel.now, [], block * BLOCK_BYTES, BLOCK_BYTES)
         cookie = self._submit(request)
         assert volume.daemon is not None
         volume.daemon.engine.read_blocks(self, [cookie], [block], [1], 0)

@@ -127,9 +127,7 @@ class _Span:
 
 
 class _Judge:
-    def __init__(
-        self, register: Register, eras: list[Era], snapshots: dict[str, Snapshot]
-    ) -> None:
+    def __init__(self, register: Register, eras: list[Era], snapshots: dict[str, Snapshot]) -> None:
         self._register = register
         self._eras = eras
         self._snapshots = snapshots

@@ -109,9 +109,7 @@ class Run:
     def _strike(self) -> None:
         if not self.faults.over:
             self.faults.strike()
-            self.kernel.at(
-                self.random.expovariate(1.0 / self.fault_seconds), None, self._strike
-            )
+            self.kernel.at(self.random.expovariate(1.0 / self.fault_seconds), None, self._strike)
 
     # ---- the phases ---------------------------------------------------------------------------
 

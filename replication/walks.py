@@ -1,0 +1,71 @@
+"""Who walks the layers of the members: rebuilds and scrubs.
+
+While anybody does, members do not fold removed layers by themselves (folding would move blocks
+between the layers that are compared), and requests of clients are timed one after the other, so
+that the walk can slow down for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from protocol import replica as wire
+from protocol.errors import BlockdError
+
+if TYPE_CHECKING:
+    from replication.engine import Engine
+    from replication.link import Link
+
+
+class Walks:
+    """All walks of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._walkers: set[object] = set()
+
+    def begin(self, walker: object) -> None:
+        """Pause folding on every member that is read; also those that came since the last time."""
+        self._walkers.add(walker)
+        self._engine.latency.contended = True
+        self._tell(True)
+
+    def end(self, walker: object) -> None:
+        """After the last one folding goes on."""
+        self._walkers.discard(walker)
+        if not self._walkers:
+            self._engine.latency.contended = False
+            self._tell(False)
+
+    def _tell(self, paused: bool) -> None:
+        for link in self._engine.readers:
+            content = {"do": "fold", "paused": paused}
+            self._engine.call(link, wire.CONTROL, _ignore, content=content)
+
+
+def _ignore(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+    """A member that cannot do it is lost or has no layers to fold."""
+
+
+def ask(
+    engine: Engine,
+    link: Link,
+    content: dict[str, Any],
+    then: Callable[[dict[str, Any]], None],
+    failed: Callable[[BlockdError], None],
+) -> None:
+    """A control request; `then(answer)` or `failed(error)`: an answer that makes no sense fails."""
+
+    def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+        if error is None:
+            try:
+                answer = wire.json_content(payload)
+            except wire.WireError as nonsense:
+                error = nonsense
+            else:
+                then(answer)
+                return
+        failed(error)
+
+    engine.call(link, wire.CONTROL, reply, content=content)

@@ -1,0 +1,115 @@
+"""Several snapshots at once, and the tree of them, on the command line.
+
+Proves against a fake API which snapshots a range or `--keep-last` removes, in which order, that a
+wrong one removes none, and that the tree shows branches and where the volume is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockd.cli import main
+from tests.blockd.cli_fake_node import FakeNode, serving_unix, volume_view
+
+Run = Callable[..., tuple[int, str, str]]
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[FakeNode]:
+    with serving_unix(tmp_path / "blockd.sock") as fake:
+        views = [{"name": name, "id": number} for number, name in enumerate(NAMES, start=1)]
+        fake.answer("GET", "/v1/volumes/data/snapshots", views)
+        for name in NAMES:
+            fake.answer("DELETE", f"/v1/volumes/data/snapshots/{name}", {})
+        yield fake
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run_blockd(*arguments: str) -> tuple[int, str, str]:
+        code = main(["--home", str(tmp_path), "snapshot", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_blockd
+
+
+def removed(node: FakeNode) -> list[str]:
+    return [asked.path.rpartition("/")[2] for asked in node.asked if asked.method == "DELETE"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("data@b..c",), ["b", "c"]),
+        (("data@a..d",), NAMES),
+        (("data@c..c",), ["c"]),
+        (("data", "--keep-last", "3"), ["a"]),
+        (("data", "--keep-last", "0"), NAMES),
+        (("data", "--keep-last", "4"), []),
+        (("data", "--keep-last", "200"), []),
+    ],
+)
+def test_a_range_is_removed_oldest_first(
+    node: FakeNode, run: Run, words: tuple[str, ...], names: list[str]
+) -> None:
+    code, printed, _ = run("rm", *words, "-o", "json")
+    assert code == 0
+    assert removed(node) == names
+    answer = json.loads(printed)
+    found = answer if isinstance(answer, list) else [answer]
+    assert [one["name"] for one in found] == [f"data@{name}" for name in names]
+
+
+def test_dots_can_be_part_of_a_name(node: FakeNode, run: Run) -> None:
+    views = [{"name": name, "id": number} for number, name in enumerate(["a", "a..b", "b"])]
+    node.answer("GET", "/v1/volumes/data/snapshots", views)
+    node.answer("DELETE", "/v1/volumes/data/snapshots/a..b", {})
+    assert run("rm", "data@a..b")[0] == 0
+    assert removed(node) == ["a..b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("data@a..x",), 3),
+        (("data@x..b",), 3),
+        (("data@c..b",), 2),
+        (("data@a..",), 2),
+        (("data@..b",), 2),
+        (("data@",), 2),
+        (("data",), 2),
+        (("data@a", "--keep-last", "1"), 2),
+        (("data", "--keep-last", "-1"), 2),
+        (("data", "--keep-last", "255"), 2),
+    ],
+)
+def test_a_wrong_range_removes_nothing(
+    node: FakeNode, run: Run, words: tuple[str, ...], code: int
+) -> None:
+    assert run("rm", *words)[0] == code
+    assert removed(node) == []
+
+
+def test_the_tree_branches_where_several_were_taken_on_one(node: FakeNode, run: Run) -> None:
+    parents = {"a": (1, 0), "b": (2, 1), "c": (3, 2), "d": (5, 2), "e": (6, 5)}
+    snapshots = [
+        {"name": name, "id": number, "parent": parent, "created": "2026-01-05T10:00:00Z"}
+        for name, (number, parent) in parents.items()
+    ]
+    node.answer("GET", "/v1/volumes/data", volume_view(snapshots=snapshots, head_parent=2))
+    code, printed, _ = run("tree", "data")
+    assert code == 0
+    assert printed.replace("  2026-01-05T10:00:00Z", "").splitlines() == [
+        "a",
+        "b",
+        "├─ c",
+        "├─ d",
+        "│  e",
+        "└─ (the volume now)",
+    ]
