@@ -34,7 +34,7 @@ def show(result: Result, lines: int) -> None:
         print(line)
     if result.error:
         print(f"seed {result.seed} at commit {commit()}: {result.error}")
-        print(f"again: python -m tests.sim {result.seed} --trace")
+        print(f"again: python -m tests.sim {result.seed} --trace", flush=True)
 
 
 def main() -> int:

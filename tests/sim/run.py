@@ -21,11 +21,12 @@ from protocol.units import BLOCK_BYTES
 from replication.authority import IN_SYNC
 from snapshots.replica import Replica
 from tests.sim.client import Client
-from tests.sim.cluster import Cluster, Member, VolumeProcess
+from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.disk import Disks
 from tests.sim.faults import DAMAGE, KINDS, MILD, Faults
 from tests.sim.history import Era, Op
 from tests.sim.kernel import Kernel, Violation
+from tests.sim.structure import StructureUser
 
 OPERATIONS = 520
 FAULTS_MIN = 5
@@ -73,13 +74,14 @@ class Run:
         self.eras = [Era(0.0)]
         self.fault_seconds = random.choice((0.5, 1.0, 2.0, 4.0))
         self.client_seconds = self.fault_seconds * random.uniform(0.02, 0.04)  # between bursts
-        self.structural = random.random() < 0.5
-        self.cluster.on_serves = self._serves
-        self.cluster.on_ended = self.client.volume_ended
-        self._busy_with_structure = False
+        self.structural = random.choice((0.0, 0.02, 0.1))  # changes of the tree per burst
+        self.structure = StructureUser(self.cluster, self.client, self.eras)
+        self.cluster.on_serves = self.structure.volume_serves
+        self.cluster.on_ended = self._ended
 
-    def _serves(self, volume: VolumeProcess) -> None:
-        self.eras.append(Era(self.kernel.now, power_lost=not volume.consumer_alive))
+    def _ended(self, volume: VolumeProcess) -> None:
+        self.client.volume_ended(volume)
+        self.structure.volume_ended(volume)
 
     # ---- the client and the faults, as events -------------------------------------------------
 
@@ -88,23 +90,15 @@ class Run:
         if self.faults.over:
             return
         volumes = [volume for volume in self.cluster.volumes if volume.usable]
-        if volumes:
+        if volumes and not self.structure.quiet:
             volume = self.random.choice(volumes)
             count = self.random.choice((1, 1, 2, 5))
             for _ in range(count):
                 self.kernel.at(0.0, volume.process, lambda: self.client.act(volume))
-            if self.structural and self.random.random() < 0.03:
-                self.kernel.at(0.0, volume.process, lambda: self._structure(volume))
+            if self.random.random() < self.structural:
+                self.kernel.at(0.0, volume.process, lambda: self.structure.act(volume))
         seconds = self.random.expovariate(1.0 / self.client_seconds)
         self.kernel.at(seconds, None, self._tick)
-
-    def _structure(self, volume: VolumeProcess) -> None:
-        if volume.usable and not self._busy_with_structure and len(self.client.snapshots) < 8:
-            self._busy_with_structure = True
-            self.client.snapshot(volume, self._structure_done)
-
-    def _structure_done(self, well: bool) -> None:
-        self._busy_with_structure = False
 
     def _strike(self) -> None:
         if not self.faults.over:
@@ -196,7 +190,11 @@ class Run:
                 replica = Replica.open(member.path)
             except BlockdError as error:
                 raise Violation(f"{member.uuid} cannot be opened: {error}") from None
-            layers = {layer.id for layer in replica.metadata.layers if layer.name}
+            layers = {
+                layer.id
+                for layer in replica.metadata.layers
+                if layer.id != replica.metadata.head_id and not layer.removed and layer.name
+            }
             if layers != set(named):
                 raise Violation(f"{member.uuid} has snapshots {layers}, the record {set(named)}")
             for layer_id, name in ((0, ""), *named.items()):
