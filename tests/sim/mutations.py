@@ -166,11 +166,11 @@ MUTATIONS = (
         "if False:",
     ),
     Mutation(
-        "no range lock for parts of blocks",
+        "writes do not wait for locked ranges",
         8,
-        "replication.pieces",
-        "self._engine.locks.acquire(self._first, self._stop, self._locked)",
-        "self._engine.locks.acquire(1 << 40, (1 << 40) + 1, self._locked)",
+        "replication.engine",
+        "data, fua)\n        elif self.locks.held and self.locks.blocks(",
+        "data, fua)\n        elif False and self.locks.blocks(",
     ),
     Mutation(
         "a snapshot is recorded before it is durable",
@@ -240,8 +240,12 @@ MUTATIONS = (
         "a write that found no space is acknowledged",
         12,
         "blockd.daemons.replica_changes",
-        "                self._first_parked(sequence, error)\n            else:",
-        "                return True\n            else:",
+        "                self._first_parked(sequence, error)\n            else:\n"
+        "                if self._epoch != self._service.epoch:\n"
+        "                    self._begin_epoch(sequence)\n"
+        "                self.recent.append((sequence, first, count))\n"
+        "                return True\n        kept",
+        "            return True\n        kept",
     ),
     Mutation(
         "what waits for space is forgotten",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from protocol.errors import BlockdError
+from protocol.errors import BlockdError, PeerError
 from tests.sim.client import Client
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.history import Era, Snapshot
@@ -93,8 +93,10 @@ class StructureUser:
             self._ask("revert", name, volume, volume.daemon.structure.revert)
 
     def _reverted(self, error: BlockdError | None) -> None:
-        """Without an error it happened; with one it may have, or may still."""
-        if self._reverting is not None:
+        """Without an error it happened; if members were lost it may have, or may still."""
+        if error is not None and not isinstance(error, PeerError):
+            self._reverting = None
+        elif self._reverting is not None:
             maybe = error is not None
             self._eras.append(Era(self._kernel.now, revert_to=self._reverting, maybe=maybe))
             if not maybe:
