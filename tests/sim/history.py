@@ -145,6 +145,7 @@ class _Judge:
         writes, reads = self._by_era(register.writes), self._by_era(register.reads)
         initial = Candidates(frozenset([0]))
         span = _Span(initial)
+        clusters: list[Cluster] = []
         for number, era in enumerate(self._eras):
             if number:
                 initial = self._initial(era, span, clusters, initial)

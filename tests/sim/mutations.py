@@ -120,7 +120,7 @@ MUTATIONS = (
         "the last member comes back after a reboot",
         6,
         "blockd.daemons.members",
-        'member.state == IN_SYNC and boot_id != self._boot_ids.get(replica_uuid)',
+        "member.state == IN_SYNC and boot_id != self._boot_ids.get(replica_uuid)",
         "False",
     ),
     Mutation(
@@ -282,7 +282,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
         text = self.get_data(path).decode()
         count = text.count(self.mutation.old)
         if count != 1:
-            raise SystemExit(f"mutation {self.mutation.name!r}: its text is {count} times in {path}")
+            raise SystemExit(
+                f"mutation {self.mutation.name!r}: its text is {count} times in {path}"
+            )
         return compile(text.replace(self.mutation.old, self.mutation.new), path, "exec")
 
 
@@ -311,4 +313,4 @@ class _Finder:
 def install(mutation: Mutation) -> None:
     """Before its module is imported: import it with the mistake."""
     assert mutation.module not in sys.modules, f"{mutation.module} is imported already"
-    sys.meta_path.insert(0, _Finder(mutation))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder(mutation))

@@ -58,6 +58,7 @@ class Run:
     def __init__(self, seed: int, directory: str) -> None:
         self.seed = seed
         self.kernel = Kernel(seed)
+        self.kernel.hidden = directory
         random = self.random = self.kernel.random
         self.disks = Disks(self.kernel)
         count = random.choice((1, 2, 2, 3, 3, 3, 3, 4))
@@ -242,7 +243,7 @@ def _read(replica: Replica, block: int, layer_id: int) -> bytes | None:
 
 def _blocks(random: Random) -> list[int]:
     """The blocks in use: around the borders of regions and zones, hot ones first."""
-    places = [range(0, 24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
+    places = [range(24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
     chosen = [block for part in random.sample(places, 3) for block in part]
     random.shuffle(chosen)
     return chosen[: random.choice((16, 32, 48))]

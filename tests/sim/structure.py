@@ -83,9 +83,7 @@ class StructureUser:
         if not volume.usable or volume.daemon is None or self._busy_with is not volume:
             return
         if self._client.under_way and self._kernel.now < deadline:
-            self._kernel.at(
-                0.02, volume.process, lambda: self._await_quiet(volume, name, deadline)
-            )
+            self._kernel.at(0.02, volume.process, lambda: self._await_quiet(volume, name, deadline))
         elif self._client.under_way or len(self._cluster.volumes) > 1:
             self._done()
         else:
