@@ -3,13 +3,15 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 PYTEST_OPTIONS ?=
+SEEDS ?= 300
+FIRST ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check perf sim
+.PHONY: help setup run test check perf sim sim-mutants
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv and install what is missing (the others do it by themselves)
 	@scripts/setup
@@ -30,7 +32,8 @@ perf: setup ## Speed next to nbdkit and qemu-nbd, in one run
 	@if [ ! -f perf/__main__.py ]; then echo "perf: perf/ holds no benchmark yet" >&2; exit 1; fi
 	$(BIN)/python -m perf
 
-sim: setup ## The deterministic simulator
-	@if [ ! -f tests/sim/__main__.py ]; then \
-		echo "sim: the simulator is not part of this version" >&2; exit 1; fi
-	$(BIN)/python -m tests.sim
+sim: setup ## The deterministic simulator: SEEDS fresh seeds on all cores (300); FIRST=N repeats
+	$(BIN)/python -m tests.sim $(FIRST) --count $(SEEDS) --jobs $$(nproc)
+
+sim-mutants: setup ## Deliberate mistakes, and how many seeds the simulator needs to find each
+	$(BIN)/python -m tests.sim.mutants --jobs $$(nproc)

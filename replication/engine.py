@@ -402,13 +402,17 @@ class Engine(Reading):
         """A member broke, refused a write or went away."""
         membership.fail(self, link, reason)
 
+    def count_in_sync(self) -> None:
+        """Nothing is answered while fewer members are in sync than the volume wants."""
+        in_sync = sum(1 for link in self.targets if link.state == IN_SYNC)
+        self.suspended = 0 < in_sync < self.record.min_in_sync
+
     def set_members(self, targets: list[Link], readers: list[Link]) -> None:
         """Who gets writes and who may be read, from the next request on."""
         self.targets = targets
         self.set_readers(readers)
         self._queues = [link.queue for link in targets]
-        in_sync = sum(1 for link in targets if link.state == IN_SYNC)
-        self.suspended = 0 < in_sync < self.record.min_in_sync
+        self.count_in_sync()
         self.lease.members_changed()
         for flush in list(self.flushes):
             flush.waiting.intersection_update(targets)

@@ -86,6 +86,7 @@ def put_out(engine: Engine, link: Link) -> None:
             _lose_last(engine)
         else:
             link.state = OUT
+            engine.count_in_sync()  # it may be a target for a while, but not one that counts
             tell_config(engine, leave, besides=link)
 
     def leave() -> None:

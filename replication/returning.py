@@ -39,6 +39,12 @@ class _Return:
     def _described(self, tree: dict[str, Any]) -> None:
         engine, record = self._engine, self._engine.record
         pending = record.pending
+        removed = {layer.id for layer in record.layers if layer.removed}
+        kept = [
+            int(layer["id"])
+            for layer in tree["layers"]
+            if int(layer["id"]) in removed and not layer["removed"]
+        ]  # deleted while it was away
         if pending is not None:
             if tree["head_id"] == pending["new_head_id"]:
                 self._call(wire.FLUSH, None, lambda answer: self._reverted())
@@ -48,11 +54,12 @@ class _Return:
         elif tree["head_id"] != record.head_id:
             changed = adopt_unrecorded(record, tree)
             dropped = [layer.id for layer in changed.layers if layer not in record.layers]
+            dropped += kept
             engine.ledger.change(
                 lambda newest: adopt_unrecorded(newest, tree), lambda error: self._drop(dropped)
             )
         else:
-            self._enter()
+            self._drop(kept)
 
     def _flush_revert(self) -> None:
         self._call(wire.FLUSH, None, lambda answer: self._reverted())
@@ -61,7 +68,7 @@ class _Return:
         self._engine.ledger.change(finish_revert, lambda error: self._enter())
 
     def _drop(self, dropped: list[int]) -> None:
-        """The layers of a snapshot that did not happen."""
+        """The layers of a snapshot that did not happen, or was deleted meanwhile."""
         if not dropped:
             self._enter()
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import multiprocessing
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 from tests.sim.run import TRACE_SHOWN, Result, run_seed
 
@@ -34,7 +36,7 @@ def show(result: Result, lines: int) -> None:
         print(line)
     if result.error:
         print(f"seed {result.seed} at commit {commit()}: {result.error}")
-        print(f"again: python -m tests.sim {result.seed} --trace")
+        print(f"again: python -m tests.sim {result.seed} --trace", flush=True)
 
 
 def main() -> int:
@@ -51,8 +53,15 @@ def main() -> int:
     began = time.monotonic()
     done = operations = faults = failures = 0
     kinds: Counter[str] = Counter()
-    with multiprocessing.get_context("fork").Pool(options.jobs, prepare) as pool:
-        results = pool.imap_unordered(run_seed, seeds) if options.jobs > 1 else map(run_seed, seeds)
+    with contextlib.ExitStack() as stack:
+        results: Iterable[Result]
+        if options.jobs > 1:
+            fork = multiprocessing.get_context("fork")
+            pool = stack.enter_context(fork.Pool(options.jobs, prepare))
+            results = pool.imap_unordered(run_seed, seeds)
+        else:
+            prepare()
+            results = map(run_seed, seeds)
         for result in results:
             done += 1
             operations += result.operations
@@ -63,7 +72,6 @@ def main() -> int:
             if result.error:
                 failures += 1
                 if not options.keep_going:
-                    pool.terminate()
                     break
     minutes = (time.monotonic() - began) / 60
     print(

@@ -22,6 +22,7 @@ class SimAuthority:
         self.kernel = kernel
         self.records: dict[str, Record] = {}
         self.history: list[Record] = []
+        self._count = 0  # of versions
         self.away = False
         self.away_for: set[str] = set()  # hosts
         self.lose_answers = 0
@@ -51,7 +52,7 @@ class SimAuthority:
         def work() -> Record:
             if record.volume_uuid in self.records:
                 raise ConflictError("there is a record already")
-            return self.store(replace(record, version=1))
+            return self.store(record)
 
         return self._call(work)
 
@@ -65,10 +66,10 @@ class SimAuthority:
                 raise NotFoundError("there is no record")
             if self.races:
                 self.races -= 1
-                newest = self.store(replace(newest, version=newest.version + 1))
+                newest = self.store(newest)
             if newest.version != record.version:
                 raise ConflictError("somebody else changed the record")
-            stored = self.store(replace(record, version=record.version + 1))
+            stored = self.store(record)
             if self.lose_answers:
                 self.lose_answers -= 1
                 lost = True
@@ -83,7 +84,9 @@ class SimAuthority:
         self._call(lambda: self.records.pop(volume_uuid, None))
 
     def store(self, record: Record) -> Record:
-        """Without any fault, at once."""
+        """Without any fault, at once; the version means nothing but that it is another one."""
+        self._count += 1
+        record = replace(record, version=self._count)
         self.records[record.volume_uuid] = record
         self.history.append(record)
         states = " ".join(f"{uuid}={m.state}" for uuid, m in record.members.items())

@@ -15,8 +15,10 @@ from typing import Any
 from protocol.errors import BlockdError
 from protocol.units import BLOCK_BYTES
 from replication.answers import Chunks, blocks_of
+from replication.authority import IN_SYNC
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.history import NEVER, Op, Register, Snapshot, Value
+from tests.sim.kernel import Violation
 
 SECTOR = 512
 SECTORS = BLOCK_BYTES // SECTOR
@@ -119,7 +121,9 @@ class Client:
         if not volume.usable or daemon is None or len(self.under_way) >= UNDER_WAY_MAX:
             return
         dice = self.random.random()
-        if dice < 0.45:
+        if dice < 0.03 and self.snapshots:
+            self.read(volume, *self.range(), snapshot=self.random.choice(list(self.snapshots)))
+        elif dice < 0.45:
             self.read(volume, *self.range())
         elif dice < 0.85:
             self.write(volume, *self.range(), fua=self.random.random() < 0.08)
@@ -225,6 +229,8 @@ class Client:
                 self.kernel.log("client", f"read of {request.offset} failed: {error}")
             return
         now = self.kernel.now
+        if request.kind != "flush":
+            self._check_enough(request.volume)
         for op in request.ops:
             op.ended = now
             if request.fua:
@@ -235,6 +241,14 @@ class Client:
             op.durable = min(op.durable, now)
         if request.kind == "flush":
             self._unflushed = [op for op in self._unflushed if op.durable == NEVER]
+
+    def _check_enough(self, volume: VolumeProcess) -> None:
+        """A change is acknowledged only while enough members are in sync."""
+        record = volume.daemon.engine.record if volume.daemon is not None else None
+        if record is not None:
+            count = sum(member.state == IN_SYNC for member in record.members.values())
+            if count < record.min_in_sync:
+                raise Violation(f"acknowledged with {count} members in sync")
 
     def data(self, cookie: Any, chunks: Chunks) -> None:
         request = self._answer(cookie)

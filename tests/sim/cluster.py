@@ -9,11 +9,12 @@ writes, or the last copy does not come back, the client starts anew.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from unittest import mock
 
-from blockd.daemons import flushing, opening, process
+from blockd.daemons import opening, process
 from blockd.daemons.replica import ReplicaDaemon
 from blockd.daemons.volume import Options, VolumeDaemon, parser
 from protocol.errors import BlockdError
@@ -223,7 +224,7 @@ class Cluster:
             (process, "log", log),
             (process, "timestamp", timestamp),
             (metadata, "boot_id", boot_id),
-            (flushing.threading, "Event", VirtualEvent),
+            (threading, "Event", VirtualEvent),
         ):
             self._stack.enter_context(mock.patch.object(where, name, function))
         return self

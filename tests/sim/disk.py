@@ -81,7 +81,7 @@ class File:
         """These pages are about to be written."""
         for number in range(first, last + 1):
             if number not in self.before and not self.is_mapped(number):
-                self.before[number] = self.lost.pop(number, None) or self.page(number)
+                self.before[number] = self.lost.pop(number, b"") or self.page(number)
 
     def synced(self) -> None:
         """Everything but what was lost is durable."""

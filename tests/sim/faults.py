@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tests.sim.client import Client
 from tests.sim.cluster import VOLUME_UUID, Cluster, Member, VolumeProcess
 from tests.sim.disk import flip_bit
-from tests.sim.kernel import Host
+from tests.sim.kernel import Host, Process
 
 Link = tuple[str, str]
 
@@ -231,15 +231,18 @@ class Faults:
 
     def _hang_member(self) -> bool:
         process = self._member().process
-        if process is not None:
-            process.stop_for(self._seconds(2.0))
-        return process is not None
+        return process is not None and self._hang(process)
+
+    def _hang(self, process: Process) -> bool:
+        """It does nothing for a while; never one pause after the other."""
+        if process.stopped_until > self.kernel.now - 2.0:
+            return False
+        process.stop_for(self._seconds(2.0))
+        return True
 
     def _hang_volume(self) -> bool:
         volume = self._volume()
-        if volume is not None:
-            volume.process.stop_for(self._seconds(2.0))
-        return volume is not None
+        return volume is not None and self._hang(volume.process)
 
     def _clock_jump(self) -> None:
         """The clock of the day goes anywhere, the monotonic one only forward."""
@@ -311,7 +314,7 @@ class Faults:
         """An old backup is restored while no daemon runs; the newest comes back later."""
         authority, cluster = self.cluster.authority, self.cluster
         newest = authority.records.get(VOLUME_UUID)
-        if newest is None:
+        if newest is None or cluster.rolled_back:
             return False
         replicas = [m.daemon.service.replica for m in cluster.members if m.daemon is not None]
         olds = [

@@ -145,18 +145,22 @@ class _Judge:
         writes, reads = self._by_era(register.writes), self._by_era(register.reads)
         initial = Candidates(frozenset([0]))
         span = _Span(initial)
+        clusters: list[Cluster] = []
         for number, era in enumerate(self._eras):
             if number:
                 initial = self._initial(era, span, clusters, initial)
-                if era.power_lost or era.revert_to is not None:
+                if era.power_lost or (era.revert_to is not None and not era.maybe):
                     span = _Span(initial)
+                elif era.revert_to is not None:
+                    reverted = self._snapshot_values.get(era.revert_to.name, initial)
+                    span.clusters += [Cluster(v, era.began, era=number) for v in reverted.values]
             clusters, trouble = self._era(number, era, initial, writes[number], reads[number])
             if trouble:
                 return f"{register.name}: {trouble}"
             span.clusters += clusters[1:]
             if clusters[0].last_begin > era.began:  # a read has shown what was there
                 initial = Candidates(frozenset([clusters[0].value]))
-                if not number or era.power_lost or era.revert_to is not None:
+                if not number or era.power_lost or (era.revert_to is not None and not era.maybe):
                     span.base = initial
             self._note_snapshots(number, era, clusters, initial)
         for name, op in register.snapshot_reads:

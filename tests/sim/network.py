@@ -127,7 +127,8 @@ class VirtualSocket:
         return events
 
     def _room(self) -> int:
-        assert self.pipe is not None and self.peer is not None
+        assert self.pipe is not None
+        assert self.peer is not None
         return self.network.window_bytes - self.pipe.under_way - self.peer.unread
 
     def poke(self) -> None:

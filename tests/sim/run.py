@@ -21,11 +21,12 @@ from protocol.units import BLOCK_BYTES
 from replication.authority import IN_SYNC
 from snapshots.replica import Replica
 from tests.sim.client import Client
-from tests.sim.cluster import Cluster, Member, VolumeProcess
+from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.disk import Disks
 from tests.sim.faults import DAMAGE, KINDS, MILD, Faults
 from tests.sim.history import Era, Op
 from tests.sim.kernel import Kernel, Violation
+from tests.sim.structure import StructureUser
 
 OPERATIONS = 520
 FAULTS_MIN = 5
@@ -57,6 +58,7 @@ class Run:
     def __init__(self, seed: int, directory: str) -> None:
         self.seed = seed
         self.kernel = Kernel(seed)
+        self.kernel.hidden = directory
         random = self.random = self.kernel.random
         self.disks = Disks(self.kernel)
         count = random.choice((1, 2, 2, 3, 3, 3, 3, 4))
@@ -71,15 +73,16 @@ class Run:
         self.client = Client(self.cluster, blocks, random.sample(blocks[:12], 3))
         self.faults = Faults(self.cluster, self.client, _kinds(random, count))
         self.eras = [Era(0.0)]
-        self.client_seconds = random.choice((0.02, 0.05, 0.1))  # between bursts
-        self.fault_seconds = random.choice((1.0, 2.0, 4.0))
-        self.structural = random.random() < 0.5
-        self.cluster.on_serves = self._serves
-        self.cluster.on_ended = self.client.volume_ended
-        self._busy_with_structure = False
+        self.fault_seconds = random.choice((0.5, 1.0, 2.0, 4.0))
+        self.client_seconds = self.fault_seconds * random.uniform(0.02, 0.04)  # between bursts
+        self.structural = random.choice((0.0, 0.02, 0.1))  # changes of the tree per burst
+        self.structure = StructureUser(self.cluster, self.client, self.eras)
+        self.cluster.on_serves = self.structure.volume_serves
+        self.cluster.on_ended = self._ended
 
-    def _serves(self, volume: VolumeProcess) -> None:
-        self.eras.append(Era(self.kernel.now, power_lost=not volume.consumer_alive))
+    def _ended(self, volume: VolumeProcess) -> None:
+        self.client.volume_ended(volume)
+        self.structure.volume_ended(volume)
 
     # ---- the client and the faults, as events -------------------------------------------------
 
@@ -88,23 +91,15 @@ class Run:
         if self.faults.over:
             return
         volumes = [volume for volume in self.cluster.volumes if volume.usable]
-        if volumes:
+        if volumes and not self.structure.quiet:
             volume = self.random.choice(volumes)
             count = self.random.choice((1, 1, 2, 5))
             for _ in range(count):
                 self.kernel.at(0.0, volume.process, lambda: self.client.act(volume))
-            if self.structural and self.random.random() < 0.03:
-                self.kernel.at(0.0, volume.process, lambda: self._structure(volume))
+            if self.random.random() < self.structural:
+                self.kernel.at(0.0, volume.process, lambda: self.structure.act(volume))
         seconds = self.random.expovariate(1.0 / self.client_seconds)
         self.kernel.at(seconds, None, self._tick)
-
-    def _structure(self, volume: VolumeProcess) -> None:
-        if volume.usable and not self._busy_with_structure and len(self.client.snapshots) < 8:
-            self._busy_with_structure = True
-            self.client.snapshot(volume, self._structure_done)
-
-    def _structure_done(self, well: bool) -> None:
-        self._busy_with_structure = False
 
     def _strike(self) -> None:
         if not self.faults.over:
@@ -196,7 +191,11 @@ class Run:
                 replica = Replica.open(member.path)
             except BlockdError as error:
                 raise Violation(f"{member.uuid} cannot be opened: {error}") from None
-            layers = {layer.id for layer in replica.metadata.layers if layer.name}
+            layers = {
+                layer.id
+                for layer in replica.metadata.layers
+                if layer.id != replica.metadata.head_id and not layer.removed and layer.name
+            }
             if layers != set(named):
                 raise Violation(f"{member.uuid} has snapshots {layers}, the record {set(named)}")
             for layer_id, name in ((0, ""), *named.items()):
@@ -244,7 +243,7 @@ def _read(replica: Replica, block: int, layer_id: int) -> bytes | None:
 
 def _blocks(random: Random) -> list[int]:
     """The blocks in use: around the borders of regions and zones, hot ones first."""
-    places = [range(0, 24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
+    places = [range(24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
     chosen = [block for part in random.sample(places, 3) for block in part]
     random.shuffle(chosen)
     return chosen[: random.choice((16, 32, 48))]
