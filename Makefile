@@ -6,7 +6,7 @@ PYTEST_OPTIONS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check perf sim
+.PHONY: help setup run test check perf sim torture powercut
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,3 +34,9 @@ sim: setup ## The deterministic simulator
 	@if [ ! -f tests/sim/__main__.py ]; then \
 		echo "sim: the simulator is not part of this version" >&2; exit 1; fi
 	$(BIN)/python -m tests.sim
+
+torture: setup ## Real daemons, 200 rounds of kill -9, full disks, flipped bits; ROUNDS=, SEED=
+	$(BIN)/python -m tests.torture $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED))
+
+powercut: setup ## Power cuts at every sync of recorded histories of a replica; SEED=
+	$(BIN)/python -m tests.powercut $(if $(SEED),--seed $(SEED))

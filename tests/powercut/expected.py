@@ -94,7 +94,9 @@ class Expected:
             if snapshot.sealed_end <= flush.begun:
                 snapshot.durable = min(snapshot.durable, time)
 
-    def cut(self, time: int, read_at: int, live: Blocks, there: Iterable[int], zones: set[int]) -> None:
+    def cut(
+        self, time: int, read_at: int, live: Blocks, there: Iterable[int], zones: set[int]
+    ) -> None:
         """The history itself lost power, and went on with what was read afterwards."""
         self.cuts.append((time, read_at))
         for block in self.blocks:
@@ -171,9 +173,7 @@ class Expected:
         time = self._effective(time)
         floor = max((f.begun for f in self.flushes if f.stable <= time), default=0)
         return {
-            zone
-            for zone, times in self._changed.items()
-            if any(floor < at <= time for at in times)
+            zone for zone, times in self._changed.items() if any(floor < at <= time for at in times)
         }
 
     def must_snapshots(self, time: int) -> set[int]:
