@@ -20,6 +20,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGI
 from snapshots import chain
 from snapshots.layer import LayerFile
 from snapshots.masks import resolve, run_length
+from snapshots.reserve import FULL_DISK
 from snapshots.store import Store
 from snapshots.syscalls import storage_error
 
@@ -329,6 +330,8 @@ class ReadPath(Store):
         the maps if it is damaged.
         """
         index = self.index
+        if index.touching_allocates:
+            self._take_page(zone)
         if not index.warm(zone, flags):
             return False
         expected = self.dirty.page_checksum(zone)
@@ -342,6 +345,16 @@ class ReadPath(Store):
             for region in range(first, min(first + REGIONS_PER_ZONE, self.head.region_count)):
                 self.rebuild_index(region)
         return True
+
+    def _take_page(self, zone: int) -> None:
+        """Where looking at a hole takes space: take it here, where its lack is an error."""
+        try:
+            self.index.make_writable(zone)
+        except StorageError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.file.reserve.release()  # reading must go on on a full disk
+            self.index.make_writable(zone)
 
     def resolve_live(self, region: int) -> bytes:
         """What the index of a region must hold, from the maps of the live chain."""
