@@ -149,7 +149,8 @@ class Client:
         request = Request("read", volume, self.kernel.now, [], offset, length, snapshot)
         cookie = self._submit(request)
         engine = volume.daemon.engine if volume.daemon is not None else None
-        assert engine is not None and volume.daemon is not None
+        assert engine is not None
+        assert volume.daemon is not None
         layer_id = 0
         if snapshot:
             layer = engine.record.layer_named(snapshot)
@@ -189,7 +190,8 @@ class Client:
         cookie = self._change(request)
         parts = [fill(cookie, place, size) for place, _, size in self.places(offset, length)]
         data = bytearray(b"".join(parts))
-        assert len(data) == length and volume.daemon is not None
+        assert len(data) == length
+        assert volume.daemon is not None
         volume.daemon.engine.write(self, cookie, offset, memoryview(data), fua)
         if volume.daemon.send_to_members():
             data[:] = b"\xee" * length  # the next batch arrives in the same buffer

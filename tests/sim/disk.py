@@ -3,8 +3,8 @@
 The files are real (on a memory file system); this knows what of them is durable. For every page
 changed since its file was last synced it keeps the durable content (`before`); pages that are
 written through a memory map (layer maps, index, marks) are compared with a copy made at the last
-sync. `cut_power` rewrites changed pages: old or new, whole or by 512-byte sectors. A page that was a
-hole before comes whole or not at all, and names (create, rename, unlink) are durable at once: the
+sync. `cut_power` rewrites changed pages: old or new, whole or by 512-byte sectors. A page that was
+a hole before comes whole or not at all, and names (create, rename, unlink) are durable at once: the
 code under test syncs directories right away.
 
 A failed sync is final as in Linux: the pages count as clean afterwards, nobody hears of them again,

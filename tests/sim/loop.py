@@ -147,7 +147,8 @@ class VirtualEvent:
         assert process is not None
         while not self._is_set:
             thread = next(t for t in process.threads if t.wake is not None)
-            assert thread.wake is not None and thread.greenlet is not None
+            assert thread.wake is not None
+            assert thread.greenlet is not None
             thread.wake[3] = None
             here = getcurrent()
             # The thread's pauses return to its parent: to us, until it has ended.

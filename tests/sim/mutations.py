@@ -176,8 +176,8 @@ MUTATIONS = (
         "a snapshot is recorded before it is durable",
         9,
         "replication.structure",
-        "                done(error)\n            else:\n                engine.flush_then(flushed)\n\n        content",
-        "                done(error)\n            else:\n                flushed(None)\n\n        content",
+        "            else:\n                engine.flush_then(flushed)\n\n        content",
+        "            else:\n                flushed(None)\n\n        content",
     ),
     Mutation(
         "a seal misses one member",
@@ -303,7 +303,8 @@ class _Finder:
         if fullname != self._mutation.module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         loader = _Loader(fullname, spec.origin)
         loader.mutation = self._mutation
         spec.loader = loader
