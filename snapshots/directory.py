@@ -15,6 +15,7 @@ import os
 
 from protocol.errors import ConflictError, RequestError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, check_size
+from snapshots import distrust
 from snapshots.dirty import dirty_bytes, header
 from snapshots.index import index_bytes
 from snapshots.layer import check_layer, create_layer, layer_path
@@ -24,7 +25,7 @@ from snapshots.syscalls import storage_error, sync_directory, write_all
 from snapshots.zeroed import zeroed_path
 
 _OWN_NAMES = {"index", "dirty.log", "reserve", "lock", PENDING_NAME, PENDING_NAME + ".tmp"}
-_OWN_NAMES |= {FILE_NAME, FILE_NAME + ".tmp"}
+_OWN_NAMES |= {FILE_NAME, FILE_NAME + ".tmp", distrust.FILE_NAME}
 
 
 def create(path: str, metadata: Metadata) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from protocol.errors import StorageError
+from snapshots import distrust
 from snapshots.index import Index
 from snapshots.layer import LayerFile
 from snapshots.reserve import FULL_DISK
@@ -69,6 +70,7 @@ class FlushJob:
                 sync_directory(os.path.join(store.path, "layers"))
         except OSError as error:
             store.failed = True
+            distrust.mark(store.path)
             raise StorageError(
                 f"making replica {store.path} durable: {error.strerror}; it is no longer trusted, "
                 "check the disk and rebuild the replica from another member",

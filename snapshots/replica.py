@@ -21,7 +21,7 @@ from typing import Any
 
 from protocol.errors import ConflictError, NotFoundError, RequestError, StorageError
 from protocol.units import REGIONS_PER_ZONE
-from snapshots import chain, directory
+from snapshots import chain, directory, distrust
 from snapshots.fold import Folder
 from snapshots.layer import create_layer, layer_path
 from snapshots.mending import Mending
@@ -91,12 +91,20 @@ class Replica(Mending):
             replica.recovered_zones = replica.dirty.dirty_zones()
             if not metadata.clean:
                 recover(replica)
+                if distrust.is_marked(path):
+                    distrust.rewrite(replica)
+            distrust.remove(path)
             replica.zones_recovered()
             replica.commit(replace(metadata, clean=False))
             file.remove_pending()
         except OSError as error:
+            distrust.mark(path)
             os.close(lock_fd)
             raise storage_error("opening replica", path, error) from error
+        except StorageError:
+            distrust.mark(path)
+            os.close(lock_fd)
+            raise
         except BaseException:
             os.close(lock_fd)
             raise

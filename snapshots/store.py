@@ -26,7 +26,7 @@ from dataclasses import replace
 from protocol.checksum import crc32c
 from protocol.errors import StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
-from snapshots import chain
+from snapshots import chain, distrust
 from snapshots.dirty import COOL, DirtyLog
 from snapshots.flush import FlushJob, failed_error, remove_files
 from snapshots.index import Index
@@ -335,6 +335,7 @@ class Store:
             self.dirty.sync()
         except OSError as error:
             self.failed = True
+            distrust.mark(self.path)
             raise failed_error(self.path) from error
         remove_files([path for path, _ in self._condemned])
         self.commit(replace(self.metadata, clean=True))

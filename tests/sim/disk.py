@@ -52,6 +52,7 @@ class File:
         self.before: Pages = {}  # durable content of pages written since the last sync
         self.lost: Pages = {}  # the same of pages that a failed sync forgot
         self.mapped: Pages = {}  # durable content of memory-mapped pages that are not zeros
+        self.rewritten: set[int] = set()  # mapped pages written by a call: dirty whatever they are
         self._seen: Pages = {}  # their content at the last sync, also a failed one
 
     def close(self) -> None:
@@ -82,11 +83,16 @@ class File:
         for number in range(first, last + 1):
             if number not in self.before and not self.is_mapped(number):
                 self.before[number] = self.lost.pop(number, b"") or self.page(number)
+            elif number not in self.before:
+                self.rewritten.add(number)
 
     def synced(self) -> None:
         """Everything but what was lost is durable."""
         self.before.clear()
         now = self.mapped_pages()
+        for number in sorted(self.rewritten):
+            self.mapped[number] = now.get(number, ZERO)
+        self.rewritten.clear()
         for number in {**now, **self._seen}:
             page = now.get(number, ZERO)
             if page != self._seen.get(number, ZERO):
@@ -99,6 +105,7 @@ class File:
         for number, page in self.before.items():
             self.lost.setdefault(number, page)
         self.before.clear()
+        self.rewritten.clear()
         self._seen = self.mapped_pages()
 
     def cut(self, random: Random, keep: float, tear: float) -> None:
@@ -125,6 +132,7 @@ class File:
                 real_pwrite(self.fd, page, number * PAGE)
         self.before.clear()
         self.lost.clear()
+        self.rewritten.clear()
         self.mapped = self.mapped_pages()
         self._seen = dict(self.mapped)
 
@@ -147,7 +155,7 @@ class Disk:
     def cut_power(self, keep: float, tear: float) -> None:
         """What was not synced survives with the chance `keep`, perhaps in part."""
         for path in sorted(self.files):
-            if not path.endswith((".json", "lock", ".tmp")):
+            if not path.endswith((".json", "lock", ".tmp", "distrusted")):
                 self.files[path].cut(self.kernel.random, keep, tear)
 
     def work(self) -> None:

@@ -58,7 +58,7 @@ def main() -> int:
     missed = 0
     print(f"{'rule':>4}  {'seeds':>5}  mutation: what the simulator says", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutation, (count, _seed, what) in pool.map(
+        for mutation, (count, _, what) in pool.map(
             lambda m: _start(m, options.first, options.seeds), chosen
         ):
             missed += count == "0"

@@ -176,10 +176,8 @@ MUTATIONS = (
         "a snapshot is recorded before it is durable",
         9,
         "replication.structure",
-        "                done(error)\n            else:\n"
-        "                engine.flush_then(flushed)\n\n        content",
-        "                done(error)\n            else:\n"
-        "                flushed(None)\n\n        content",
+        "            else:\n                engine.flush_then(flushed)\n\n        content",
+        "            else:\n                flushed(None)\n\n        content",
     ),
     Mutation(
         "a seal misses one member",
