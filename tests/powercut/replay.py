@@ -24,6 +24,7 @@ from tests.powercut.states import (
 )
 
 LIFE_STEPS = 120  # of a history of the kind "life"; a rebuild is as long as it is
+FILES_MAX = 3  # of which alone, or of all but which, is kept, at each boundary
 VIOLATIONS_MAX = 5  # told per history; one cause has many
 BOOT = 1000  # boots of checks; those of histories are far below
 
@@ -104,7 +105,8 @@ class Replay:
         if self._prefixes:
             for time in range(max(previous + 1, begin), at):
                 yield time, EVERYTHING
-            for number in range(len(recorder.segment_at(at).inodes)):
+            inodes = range(len(recorder.segment_at(at).inodes))
+            for number in random.sample(inodes, min(len(inodes), FILES_MAX)):
                 for kept in (False, True):
                     choice = one_kind(number, kept=kept, recorder=recorder, time=before)
                     yield before, choice
