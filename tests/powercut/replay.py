@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time as clock
@@ -71,6 +72,7 @@ class Replay:
         try:
             self._run(directory)
         finally:
+            gc.unfreeze()
             shutil.rmtree(directory)
             self.seconds = clock.monotonic() - began
 
@@ -89,6 +91,7 @@ class Replay:
         self.events = recorder.time
         boundaries = [(at, what) for at, what in recorder.boundaries if at >= first]
         self.boundaries = len(boundaries)
+        gc.freeze()  # `kill` collects garbage: what was recorded need not be looked at each time
         previous = first
         for at, what in boundaries:
             for time, choice in self._cuts(history, previous, at):
