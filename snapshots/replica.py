@@ -317,4 +317,4 @@ class Replica(Mending):
 
     def content_replaced(self) -> None:
         """Whatever was being folded may be different now."""
-        self._folder.reset()
+        self._folder.start_over()
