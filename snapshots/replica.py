@@ -90,25 +90,28 @@ class Replica(Mending):
             replica = cls(path, file, metadata, lock_fd)
             replica.recovered_zones = replica.dirty.dirty_zones()
             if not metadata.clean:
-                recover(replica)
-                if distrust.is_marked(path):
-                    distrust.rewrite(replica)
+                cls._recover(replica)
             distrust.remove(path)
             replica.zones_recovered()
             replica.commit(replace(metadata, clean=False))
             file.remove_pending()
         except OSError as error:
-            distrust.mark(path)
             os.close(lock_fd)
             raise storage_error("opening replica", path, error) from error
-        except StorageError:
-            distrust.mark(path)
-            os.close(lock_fd)
-            raise
         except BaseException:
             os.close(lock_fd)
             raise
         return replica
+
+    @staticmethod
+    def _recover(replica: Replica) -> None:
+        try:
+            recover(replica)
+            if distrust.is_marked(replica.path):
+                distrust.rewrite(replica)
+        except (OSError, StorageError):
+            distrust.mark(replica.path)  # some of it may look durable and not be
+            raise
 
     @staticmethod
     def _adopt_pending(path: str, file: MetadataFile) -> Metadata | None:
