@@ -1,11 +1,12 @@
 """What a failed sync means for the next process: the page cache shows what the disk does not have.
 
 After a failed fsync Linux calls the pages clean: they read as they were written, are not written
-again, and the next fsync succeeds (see "fsyncgate", LWN 752063). A process that finds such a replica
-after another one died would believe it. So a failed sync leaves the file `distrusted`, with the
-boot in which it happened; the next process of that boot writes everything in the dirty zones again,
-so that a later sync means something. Zones do not become clean by a sync that failed, so nothing
-else can be affected. After a reboot only what the disk has is there, and the file means nothing.
+again, and the next fsync succeeds (see "fsyncgate", LWN 752063). A process that finds such a
+replica after another one died would believe it. So a failed sync leaves the file `distrusted`, with
+the boot in which it happened; the next process of that boot writes everything in the dirty zones
+again, so that a later sync means something. Zones do not become clean by a sync that failed, so
+nothing else can be affected. After a reboot only what the disk has is there, and the file means
+nothing.
 
 The file is not synced: it is for the same boot. It is removed once everything was written and
 synced.
