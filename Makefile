@@ -8,7 +8,7 @@ FIRST ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check perf sim sim-mutants
+.PHONY: help setup run test check perf sim sim-mutants torture powercut
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,3 +37,9 @@ sim: setup ## The deterministic simulator: SEEDS fresh seeds on all cores (300);
 
 sim-mutants: setup ## Deliberate mistakes, and how many seeds the simulator needs to find each
 	$(BIN)/python -m tests.sim.mutants --jobs $$(nproc)
+
+torture: setup ## Real daemons, 200 rounds of kill -9, full disks, flipped bits; ROUNDS=, SEED=
+	$(BIN)/python -m tests.torture $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED))
+
+powercut: setup ## Power cuts at every sync of recorded histories of a replica; SEED=
+	$(BIN)/python -m tests.powercut $(if $(SEED),--seed $(SEED))

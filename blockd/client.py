@@ -167,6 +167,15 @@ class Client:
         path = f"{_snapshot_path(volume, name)}/revert"
         return _object(self._call("POST", path, body={"force": force}, wait=wait))
 
+    def snapshot_diff(self, volume: str, base: str, to: str) -> Iterator[list[int]]:
+        """[offset, length] of the extents in which snapshot `to` (empty: the volume) may differ."""
+        path = f"{_volume_path(volume)}/snapshots/{check_name('snapshot', base)}/diff"
+        offset: int | None = 0
+        while offset is not None:
+            found = _object(self._call("GET", path, query={"to": to, "offset": str(offset)}))
+            yield from found["extents"]
+            offset = found["next"]
+
     # -- replicas -----------------------------------------------------------------------------
 
     def replicas(self, volume: str) -> list[Json]:

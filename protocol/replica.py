@@ -8,7 +8,7 @@ A frame is a 40-byte little-endian header and a payload:
     5       1     operation
     6       2     flags
     8       4     length     bytes of the volume the operation is about, or the payload's CRC32C
-    12      8     offset     byte offset in the volume; a place (`place`) in LAYER_* and MEND
+    12      8     offset     byte offset in the volume; a place (`place`) in LAYER_*, MEND, CHANGED
     20      8     sequence   order of the operation; a reply repeats it
     28      4     argument   layer id in requests, errno in REFUSED, how many reads DATA answers
     32      4     payload    bytes that follow the header
@@ -35,7 +35,8 @@ first in, first out, and the replica applies operations in that order; that orde
 order of the volume. APPLIED answers every WRITE and ZERO up to its sequence that was not REFUSED
 before. FULL says that the change of its sequence and later ones wait for disk space (`argument`:
 errno); until an APPLIED ends that, DONE answers single ZERO that did not wait. The `argument` of
-WRITE and ZERO says how many sequences back all members have applied everything. FLUSH, EXTENTS,
+WRITE and ZERO says how many sequences back all members have applied everything. CHANGED asks in
+which blocks a layer (`argument`) may differ from the one in its place. FLUSH, EXTENTS, CHANGED,
 CONTROL, LAYER_*, MEND and PING are answered one by one. STABLE has no answer: the FLUSH whose
 sequence is its `offset` has succeeded on every member of configuration `argument`.
 
@@ -68,7 +69,7 @@ NONCE_BYTES = 32
 # Requests, volume daemon to replica.
 HELLO, PROVE, FENCE = 1, 2, 3
 READ, WRITE, ZERO, FLUSH, EXTENTS, STABLE = 16, 17, 18, 19, 20, 21
-PING = 22
+PING, CHANGED = 22, 23
 CONTROL, LAYER_READ, LAYER_WRITE, LAYER_HASH, MEND = 32, 33, 34, 35, 36
 # Answers, replica to volume daemon.
 APPLIED, DATA, FLUSHED, EXTENT_LIST = 128, 129, 130, 131
@@ -80,6 +81,7 @@ PONG, FULL, DONE = 137, 138, 139
 ANSWERS = {  # of the requests that are answered one by one
     FLUSH: FLUSHED,
     EXTENTS: EXTENT_LIST,
+    CHANGED: EXTENT_LIST,
     CONTROL: ANSWER,
     LAYER_READ: LAYER_DATA,
     LAYER_WRITE: ANSWER,
@@ -209,7 +211,10 @@ def extents_frame(sequence: int, runs: Sequence[tuple[int, bool]]) -> bytes:
 
 
 def place(parent_id: int, first_block: int) -> int:
-    """The `offset` of a LAYER_* or MEND; the block count is in `flags`, the layer in `argument`."""
+    """The `offset` of a LAYER_*, MEND or CHANGED, whose layer is the `argument`.
+
+    The block count is in `flags`, except in CHANGED, where the bytes are in `length`.
+    """
     return parent_id << 32 | first_block
 
 

@@ -165,9 +165,15 @@ class Engine(Reading):
         self.pending.append((sequence, client, cookie, fua))
 
     def extents(
-        self, client: Client, cookie: Any, offset: int, length: int, layer_id: int = 0
+        self,
+        client: Client,
+        cookie: Any,
+        offset: int,
+        length: int,
+        layer_id: int = 0,
+        base_id: int | None = None,
     ) -> None:
-        """Ask one member which blocks of a range hold data."""
+        """Ask one member which blocks of a range hold data, or may differ from layer `base_id`."""
         if not self.readers:
             client.done(cookie, errno.EIO)
             return
@@ -180,18 +186,15 @@ class Engine(Reading):
                 if link.connected:
                     client.done(cookie, errno.EIO)
                 else:  # the member went away: ask another one
-                    self.extents(client, cookie, offset, length, layer_id)
+                    self.extents(client, cookie, offset, length, layer_id, base_id)
                 return
             client.extents(cookie, extent_runs(payload, (stop - first) // BLOCK_BYTES))
 
-        self.call(
-            link,
-            wire.EXTENTS,
-            reply,
-            offset=first,
-            length=stop - first,
-            argument=layer_id,
-        )
+        if base_id is None:
+            operation, place = wire.EXTENTS, first
+        else:
+            operation, place = wire.CHANGED, wire.place(base_id, first // BLOCK_BYTES)
+        self.call(link, operation, reply, offset=place, length=stop - first, argument=layer_id)
 
     def flush(self, client: Client, cookie: Any) -> None:
         """Make every write answered so far durable on every target."""

@@ -122,6 +122,13 @@ def sync_file(path: str) -> None:
         os.close(fd)
 
 
+def sync_layers(path: str, layers: tuple[LayerInfo, ...]) -> None:
+    """Make the files of all layers durable, and their names."""
+    for layer in layers:
+        sync_file(layer_path(path, layer.id))
+    sync_directory(os.path.join(path, "layers"))
+
+
 def lock(path: str) -> int:
     """Become the only owner; returns the descriptor that holds the lock."""
     try:

@@ -13,6 +13,7 @@ itself. A batch of blocks of the removed layer P goes through three stages towar
 
 So at any moment each block is readable, durably, in P or in C, and at most one batch of space is
 used twice. Left over entries of P after a power cut are shadowed by C and go when folding resumes.
+A block of P that does not match its entry stays where it is, and P with it, until it was mended.
 A removed layer with several children waits until one is left; one without any is dropped at once.
 Nothing is remembered across restarts: a layer being folded is a removed layer with fewer blocks.
 """
@@ -46,6 +47,7 @@ class Folder:
 
     def __init__(self, store: DataPath) -> None:
         self._store = store
+        self._stuck: set[int] = set()  # ids of layers that hold a damaged block
         self.reset()
 
     def reset(self) -> None:
@@ -56,6 +58,11 @@ class Folder:
         self._copied: list[Batch] = []  # stage 1 done
         self._stored: list[Batch] = []  # stage 2 done
         self._flush_needed = 0  # sequence number
+
+    def start_over(self) -> None:
+        """Content was replaced from outside: nothing that was found out counts."""
+        self._stuck.clear()
+        self.reset()
 
     @property
     def waiting(self) -> bool:
@@ -98,7 +105,10 @@ class Folder:
             return True
         if stalled:
             return False
-        self._drop(self._parent)
+        if self._parent.id in self._stuck:
+            self.reset()
+        else:
+            self._drop(self._parent)
         return True
 
     def _changed(self, child: LayerFile) -> None:
@@ -121,7 +131,7 @@ class Folder:
                 self.reset()
             for layer in layers:
                 below = chain.children(layers, layer.id)
-                if layer.removed and len(below) <= 1:
+                if layer.removed and len(below) <= 1 and layer.id not in self._stuck:
                     self._parent, self._child = layer, below[0] if below else None
                     break
             else:
@@ -163,10 +173,22 @@ class Folder:
                     end += 1
                 data = memoryview(bytearray((end - at) * BLOCK_BYTES))
                 parent.read(first + at, end - at, data)
+                self._leave_damaged(data, entries, moved, at)
                 child.write(first + at, data)
             at = end
         self._next_block = first + count
         return Batch(first, list(entries), moved)
+
+    def _leave_damaged(
+        self, data: memoryview, entries: array[int], moved: list[bool], start: int
+    ) -> None:
+        """Take blocks that do not match their entries out of a batch: a copy would be no better."""
+        assert self._parent is not None
+        for at in range(0, len(data), BLOCK_BYTES):
+            number = start + at // BLOCK_BYTES
+            if block_checksum(data[at : at + BLOCK_BYTES]) != entries[number]:
+                entries[number], moved[number] = ABSENT, False
+                self._stuck.add(self._parent.id)
 
     def _prepare_head(self, child: LayerFile, block: int) -> None:
         """Allocate what stage 2 stores to, so that it cannot run out of space."""

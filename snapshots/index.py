@@ -14,7 +14,7 @@ import os
 
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
-from snapshots.syscalls import allocate, storage_error
+from snapshots.syscalls import allocate, storage_error, touching_allocates
 
 _scratch = bytearray(BLOCK_BYTES)
 
@@ -35,6 +35,7 @@ class Index:
             self.memory = mmap.mmap(self.fd, index_bytes(block_count))
         except OSError as error:
             raise storage_error("mapping", path, error) from error
+        self.touching_allocates = touching_allocates(self.fd)
         self.ready = bytearray(index_bytes(block_count) // BLOCKS_PER_ZONE)  # 1: page was read once
 
     def __del__(self) -> None:

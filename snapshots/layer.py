@@ -171,7 +171,15 @@ class LayerFile:
         if self.ready[region] == UNKNOWN:
             self.warm(region)
         start = map_offset(region)
-        return self.memory[start : start + BLOCK_BYTES]
+        if self.ready[region] == WRITABLE:
+            return self.memory[start : start + BLOCK_BYTES]
+        try:  # perhaps a hole: reading one through the mapping takes space on tmpfs, or is a SIGBUS
+            block = os.pread(self.fd, BLOCK_BYTES, start)
+        except OSError as error:
+            raise storage_error("reading the map of", self.path, error) from error
+        if len(block) != BLOCK_BYTES:
+            raise StorageError(f"layer {self.path} ends early at byte {start + len(block)}")
+        return block
 
     def next_region(self, region: int) -> int:
         """The first region from `region` on whose map has an entry, or -1."""

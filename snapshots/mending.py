@@ -59,6 +59,8 @@ class Mending(Copying):
                 self._index[block : block + 1] = SLOT_RUNS[0][:1]
         self.changed(layer)
         self.layers_changed()
+        if layer is not self.head:
+            self.content_replaced()  # folding may have stopped at it
         return True
 
     @staticmethod

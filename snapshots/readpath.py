@@ -20,6 +20,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGI
 from snapshots import chain
 from snapshots.layer import LayerFile
 from snapshots.masks import resolve, run_length
+from snapshots.reserve import FULL_DISK
 from snapshots.store import Store
 from snapshots.syscalls import storage_error
 
@@ -270,6 +271,56 @@ class ReadPath(Store):
                 at += run
         return found
 
+    def differences(
+        self, first_block: int, count: int, base_id: int, layer_id: int = 0, limit: int = 1 << 16
+    ) -> list[tuple[int, bool]]:
+        """(block count, may differ) runs: the volume, or a snapshot, next to another snapshot.
+
+        Only layers that one of them sees and the other does not are looked at, so the cost is that
+        of what changed. Blocks written with the same content again count as changed.
+        """
+        self._check_readable()
+        here, there = self._seen_by(layer_id), self._seen_by(base_id)
+        layers = [self._handle(slot) for slot in sorted(here ^ there)]
+        nexts = [-1] * len(layers)
+        found: list[tuple[int, bool]] = []
+
+        def add(length: int, differs: bool) -> None:
+            if found and found[-1][1] == differs:
+                found[-1] = (found[-1][0] + length, differs)
+            else:
+                found.append((length, differs))
+
+        for block, length in pieces(first_block, count):
+            region = block >> 10
+            for number, layer in enumerate(layers):
+                if nexts[number] < region:
+                    following = layer.next_region(region)
+                    nexts[number] = following if following >= 0 else layer.region_count
+            if region not in nexts:
+                add(length, False)
+                continue
+            if len(found) >= limit:
+                break
+            ours = self._slots_of(block, length, layer_id, 0)
+            theirs = self._slots_of(block, length, base_id, 0)
+            assert ours is not None
+            assert theirs is not None
+            kinds = _differing(ours, theirs)
+            at = 0
+            while at < length:
+                run = run_length(kinds, at)
+                add(run, kinds[at] == 1)
+                at += run
+        return found
+
+    def _seen_by(self, layer_id: int) -> set[int]:
+        """The slots of the layers in which a snapshot or the live volume is looked up."""
+        layer_id = layer_id or self.metadata.head_id
+        if chain.find(self.metadata.layers, layer_id).removed:
+            raise NotFoundError(f"layer {layer_id} is deleted; list the snapshots and pick one")
+        return {info.slot for info in chain.chain(self.metadata.layers, layer_id)}
+
     # The index
 
     def warm_index(self, zone: int, flags: int = 0) -> bool:
@@ -279,6 +330,8 @@ class ReadPath(Store):
         the maps if it is damaged.
         """
         index = self.index
+        if index.touching_allocates:
+            self._take_page(zone)
         if not index.warm(zone, flags):
             return False
         expected = self.dirty.page_checksum(zone)
@@ -293,6 +346,16 @@ class ReadPath(Store):
                 self.rebuild_index(region)
         return True
 
+    def _take_page(self, zone: int) -> None:
+        """Where looking at a hole takes space: take it here, where its lack is an error."""
+        try:
+            self.index.make_writable(zone)
+        except StorageError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.file.reserve.release()  # reading must go on on a full disk
+            self.index.make_writable(zone)
+
     def resolve_live(self, region: int) -> bytes:
         """What the index of a region must hold, from the maps of the live chain."""
         layers = chain.chain(self.metadata.layers, self.metadata.head_id)
@@ -303,6 +366,12 @@ class ReadPath(Store):
         start = region * BLOCKS_PER_REGION
         assert self._index_ready[region // REGIONS_PER_ZONE]
         self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
+
+
+def _differing(ours: bytes, theirs: bytes) -> bytes:
+    """1 for each byte in which they differ."""
+    differ = int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+    return differ.to_bytes(len(ours), "little").translate(_IS_DATA)
 
 
 def _read_data(handle: LayerFile, block: int, data: memoryview, flags: int) -> bool:

@@ -83,6 +83,10 @@ class Replica(Mending):
                 file.write(file.compose(metadata))
             directory.check_layers(path, metadata)
             directory.remove_layers(path, metadata.layers, metadata.head_id)
+            if not metadata.complete:
+                # Whoever was killed while filling sealed layers knew which ones a flush lacks. What
+                # is in the page cache compares as equal, and would not be written again.
+                directory.sync_layers(path, metadata.layers)
             replica = cls(path, file, metadata, lock_fd)
             replica.recovered_zones = replica.dirty.dirty_zones()
             if not metadata.clean:
@@ -116,9 +120,7 @@ class Replica(Mending):
         if metadata is None:
             return None
         directory.check_layers(path, metadata)
-        for layer in metadata.layers:
-            directory.sync_file(layer_path(path, layer.id))
-        sync_directory(os.path.join(path, "layers"))
+        directory.sync_layers(path, metadata.layers)
         file.write(file.compose(metadata))
         return metadata
 
@@ -315,4 +317,4 @@ class Replica(Mending):
 
     def content_replaced(self) -> None:
         """Whatever was being folded may be different now."""
-        self._folder.reset()
+        self._folder.start_over()

@@ -15,11 +15,15 @@ from protocol.units import BLOCK_BYTES
 
 FALLOC_FL_KEEP_SIZE = 1  # include/uapi/linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 2
+TMPFS_MAGIC = 0x01021994  # include/uapi/linux/magic.h
 _FILL_BYTES = 1 << 20  # where punching is not possible, zeros are written in pieces of this
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_fstatfs.restype = ctypes.c_int
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -28,6 +32,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def touching_allocates(fd: int) -> bool:
+    """Does reading a hole through a mapping take space, or raise SIGBUS without? (tmpfs)"""
+    answer = (ctypes.c_long * 64)()  # a struct statfs has 120 bytes and begins with the type
+    return _fstatfs(fd, answer) == 0 and answer[0] == TMPFS_MAGIC
 
 
 def allocate(fd: int, offset: int, length: int) -> None:

@@ -83,7 +83,7 @@ class ZeroedMarks:
 
     def unmark(self, block: int, count: int) -> None:
         """Recovery: blocks of one zone that turned out not to be zeroed; durable with `sync`."""
-        if self._memory is not None and 1 in self._memory[block : block + count]:
+        if self._memory is not None and b"\1" in os.pread(self.fd, count, block):
             self._memory[block : block + count] = bytes(count)
 
     def sync(self) -> None:
@@ -94,4 +94,4 @@ class ZeroedMarks:
 
     def marked(self, block: int) -> bool:
         """Whether a block carries a mark."""
-        return self._memory is not None and self._memory[block] == 1
+        return self._memory is not None and os.pread(self.fd, 1, block) == b"\1"  # may be a hole

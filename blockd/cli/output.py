@@ -195,6 +195,15 @@ def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
     )
 
 
+def diff_table(diff: Json) -> None:
+    """Where two snapshots differ."""
+    rows(
+        ("OFFSET", "LENGTH"),
+        [(extent["offset"], extent["length"]) for extent in diff["extents"]],
+        empty="nothing has changed",
+    )
+
+
 def snapshot_tree(volume: Json) -> None:
     """The snapshots of a volume as a tree, the volume itself where it is now.
 
@@ -239,6 +248,23 @@ def verify_table(view: Json) -> None:
     for replica, count in report["members"].items():
         facts[f"on replica {replica}"] = f"{count} bad or differing"
     pairs(facts)
+
+
+def check_table(report: Json) -> None:
+    """What a check of a replica directory found."""
+    pairs(
+        {
+            "path": report["path"],
+            "layers": report["layers"],
+            "checked": size_text(report["blocks"] * 4096),
+            "closed cleanly": "no" if report["unclean"] else "yes",
+            "dirty zones": report["dirty_zones"],
+            "damage": report["damage_count"],
+            "index, log, files": ("repaired" if report["repaired"] else len(report["derived"])),
+        }
+    )
+    for line in [*report["damage"], *report["derived"]]:
+        click.echo(line)
 
 
 def rebuild_text(rebuild: Json | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from blockd.cli.common import (
     waiting,
 )
 from blockd.client import WAIT_SECONDS, Client, Json
-from protocol.errors import DeadlineError, DegradedError
+from protocol.errors import ConflictError, DeadlineError, DegradedError, StorageError
 
 REBUILD_SECONDS = 86_400.0  # 8 TiB at 100 MB/s, the largest volume over a 1 Gbit/s network
 START_SECONDS = 30.0  # a rebuild that shows no sign of life by then failed
@@ -207,3 +208,76 @@ def _failure_text(view: Json, target: str, what: str) -> str:
         f"replica rebuild {name}`; to replace it: `blockd replica rm {name} {target}`, `blockd "
         f"replica add {name}`"
     )
+
+
+@replica.command(
+    epilog="""\b
+Examples:
+  blockd replica check /var/lib/blockd/replicas/data/3f2a9c10
+  blockd replica check DIR --repair -o json
+"""
+)
+@click.argument("directory", metavar="DIR")
+@click.option("--repair", is_flag=True, help="Make index and dirty log anew if they are damaged.")
+@output_option
+def check(directory: str, repair: bool, output: str) -> None:
+    """Check a replica directory, without any daemon: structure, maps, every block, index.
+
+    Nothing is changed without --repair. Damaged data can only come from another replica. Exit code
+    1 if there is damage, or something to repair was left.
+    """
+    from snapshots import fsck
+    from snapshots.offline import OfflineReplica
+
+    with OfflineReplica(directory) as found, progress(f"checking {directory}") as report_progress:
+        report = fsck.check(found, lambda done, total: report_progress(done / max(1, total), ""))
+        if repair:
+            fsck.repair(found, report)
+    out.show({"path": directory, **vars(report)}, output, out.check_table)
+    if report.damage_count:
+        raise StorageError(
+            f"replica {directory} has damage in {report.damage_count} places; as a member of an "
+            "attached volume it is repaired from another replica by `blockd volume verify`"
+        )
+    if report.derived and not report.repaired:
+        raise StorageError(
+            f"replica {directory} has a damaged index or dirty log, or files that belong to no "
+            f"layer; make them anew: `blockd replica check {directory} --repair`"
+        )
+
+
+@replica.command(
+    epilog="""\b
+Examples:
+  blockd replica export /var/lib/blockd/replicas/data/3f2a9c10 data.img
+  blockd replica export DIR@monday monday.img --skip-damaged
+"""
+)
+@click.argument("source", metavar="DIR[@SNAPSHOT]")
+@click.argument("file", metavar="FILE")
+@click.option("--skip-damaged", is_flag=True, help="Leave damaged blocks out: they read as zeros.")
+@output_option
+def export(source: str, file: str, skip_damaged: bool, output: str) -> None:
+    """Write the volume, or a snapshot, of a replica directory to a sparse raw file.
+
+    Without any daemon, and nothing in the directory is changed. Exit code 1 if a block is damaged.
+    """
+    from snapshots import offline
+
+    directory, name = source, ""
+    if "@" in source and not os.path.isdir(source):
+        directory, _, name = source.rpartition("@")
+    if os.path.exists(file):
+        raise ConflictError(f"{file} exists; remove it or choose another name")
+    with offline.OfflineReplica(directory) as found, waiting(f"exporting {source}"):
+        written, damaged = offline.export(found, name, file, skip_damaged=skip_damaged)
+        size = found.size_bytes
+    answer = {
+        "file": file,
+        "size_bytes": size,
+        "data_bytes": written,
+        "damaged_blocks": [block for _, block in damaged],
+    }
+    out.show(answer, output, lambda facts: out.pairs({**facts, "damaged_blocks": len(damaged)}))
+    if damaged:
+        raise StorageError(f"{len(damaged)} blocks are damaged and read as zeros in {file}")

@@ -184,6 +184,41 @@ def tree(settings: Settings, volume: str, output: str) -> None:
 @snapshot.command(
     epilog="""\b
 Examples:
+  blockd snapshot diff data@monday data@friday -o json
+  blockd snapshot diff data@monday             # what changed since, up to now
+"""
+)
+@snapshot_argument
+@click.argument("later", metavar="[VOL@LATER]", required=False)
+@output_option
+@pass_settings
+def diff(settings: Settings, snapshot: tuple[str, str], later: str | None, output: str) -> None:
+    """Show where a volume, or a later snapshot, may differ from a snapshot.
+
+    As extents in bytes; the same is the NBD metadata context `blockd:changed:NAME` of every export
+    of the volume. Blocks written with the same content again are among them.
+    """
+    volume, base = snapshot
+    other, at, to = (later or volume).partition("@")
+    if other != volume or bool(at) != bool(to):
+        refuse(f"{later!r} is not a snapshot of volume {volume}; name it as {volume}@NAME")
+    with settings.client() as client:
+        extents = [
+            {"offset": offset, "length": length}
+            for offset, length in client.snapshot_diff(volume, base, to)
+        ]
+    answer = {
+        "base": f"{volume}@{base}",
+        "to": f"{volume}@{to}" if to else volume,
+        "changed_bytes": sum(extent["length"] for extent in extents),
+        "extents": extents,
+    }
+    out.show(answer, output, out.diff_table)
+
+
+@snapshot.command(
+    epilog="""\b
+Examples:
   blockd snapshot revert data@monday
   blockd snapshot revert data@monday --force    # unmounts and detaches, then puts it back
 """

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from blockd.cli import images
 from blockd.cli import output as out
 from blockd.cli.common import (
     Function,
@@ -62,6 +63,10 @@ def keeping_options(function: Function) -> Function:
 @click.group(no_args_is_help=False)
 def volume() -> None:
     """Make, attach, mount and remove volumes."""
+
+
+volume.add_command(images.import_image)
+volume.add_command(images.export)
 
 
 @volume.command(

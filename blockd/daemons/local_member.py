@@ -301,6 +301,10 @@ class LocalMember:
         if operation == wire.EXTENTS:
             runs = self._replica.extents(offset >> 12, length >> 12, argument)
             payload = wire.extents_frame(sequence, runs)[wire.HEADER_BYTES :]
+        elif operation == wire.CHANGED:
+            _, base_id, first, _ = wire.place_of(0, offset, 0)
+            runs = self._replica.differences(first, length >> 12, base_id, argument)
+            payload = wire.extents_frame(sequence, runs)[wire.HEADER_BYTES :]
         elif operation == wire.LAYER_WRITE:
             copying.write(place, memoryview(parts[0]))
         elif operation == wire.MEND:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockd.daemons import addresses, process
+from blockd.daemons.block_status import BlockStatus
 from blockd.daemons.stream import Stream
 from blockd.loop import READ, Timer
 from protocol import replica as wire
@@ -259,7 +260,8 @@ class NbdConnection(Stream):
             self.reading_bytes += length
             self._engine.read(self, request, offset, length, self.layer_id)
         elif command == nbd.CMD_BLOCK_STATUS:
-            self._engine.extents(self, request, offset, length, self.layer_id)
+            structure = self._daemon.structure
+            BlockStatus(self, request).ask(self._engine, structure, contexts, self.layer_id)
         elif command == nbd.CMD_WRITE:
             assert payload is not None
             self._engine.write(self, request, offset, payload, bool(flags & nbd.CMD_FLAG_FUA))
@@ -334,22 +336,9 @@ class NbdConnection(Stream):
                 count -= part
 
     def extents(self, cookie: requests.Request, runs: Sequence[tuple[int, bool]]) -> None:
+        raise AssertionError("BLOCK_STATUS is asked by block_status.py")
+
+    def status(self, chunks: list[bytes]) -> None:
+        """The reply to a BLOCK_STATUS."""
         self._under_way -= 1
-        _, flags, handle, offset, length, _ = cookie
-        one = flags & nbd.CMD_FLAG_REQ_ONE
-        lead = offset & _MASK
-        extents: list[tuple[int, int]] = []
-        for blocks, has_data in runs:
-            count = min(blocks * BLOCK_BYTES - lead, length)
-            lead = 0
-            extents.append((count, 0 if has_data else nbd.STATE_HOLE | nbd.STATE_ZERO))
-            length -= count
-            if one or not length:
-                break
-        contexts = self._handshake.contexts
-        for index, (context_id, _) in enumerate(contexts):
-            self._queue.append(
-                replies.block_status_chunk(
-                    handle, context_id, extents[: nbd.EXTENTS_MAX], index == len(contexts) - 1
-                )
-            )
+        self._queue += chunks

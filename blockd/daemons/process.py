@@ -6,14 +6,16 @@ exit code of the error family after one line `blockd: ...`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-from blockd.loop import Loop
+from blockd.loop import READ, Loop
 from protocol.errors import BlockdError, RequestError, StorageError
 
 KEY_BYTES_MAX = 4096  # a key file larger than this is some other file
@@ -62,8 +64,23 @@ def common_status(started: str) -> dict[str, Any]:
 
 
 def on_signals(loop: Loop, stop: Callable[[], None]) -> None:
-    """SIGTERM and SIGINT call `stop` in the loop; broken pipes are handled where they happen."""
+    """SIGTERM and SIGINT call `stop` in the loop; broken pipes are handled where they happen.
+
+    A signal that comes just before the loop begins to wait, or that a worker thread gets, would not
+    end the wait: the socket does, to which the interpreter writes a byte for every signal.
+    """
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    woken, wake = socket.socketpair()
+    woken.setblocking(False)
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+
+    def drain(events: int) -> None:
+        assert wake.fileno() >= 0  # kept open as long as the loop knows this
+        with contextlib.suppress(BlockingIOError):
+            woken.recv(4096)
+
+    loop.register(woken.fileno(), READ, drain)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: loop.post(stop))
 

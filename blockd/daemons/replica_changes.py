@@ -74,6 +74,8 @@ def reach(
         return list(zip(*wire.read_ranges(content), strict=True)), False
     if operation == wire.EXTENTS and not argument:
         return [(offset // BLOCK_BYTES, length // BLOCK_BYTES)], False
+    if operation == wire.CHANGED and not argument:
+        return [(wire.place_of(0, offset, 0)[2], length // BLOCK_BYTES)], False
     if operation in (wire.LAYER_READ, wire.LAYER_HASH, wire.LAYER_WRITE, wire.MEND):
         _, _, first, count = wire.place_of(flags, offset, argument)
         return [(first, count)], False

@@ -397,6 +397,8 @@ class ReplicaSession(Stream):
                 self._answer(wire.PONG, sequence)
             elif operation == wire.EXTENTS:
                 self._extents(length, offset, sequence, argument)
+            elif operation == wire.CHANGED:
+                self._changed(length, offset, sequence, argument)
             elif operation == wire.CONTROL:
                 self._service.control(
                     wire.json_content(payload), self, partial(self._controlled, sequence)
@@ -422,6 +424,12 @@ class ReplicaSession(Stream):
     def _extents(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
         self._check_range(offset, length)
         runs = self._replica.extents(offset // BLOCK_BYTES, length // BLOCK_BYTES, layer_id)
+        self._send(wire.extents_frame(sequence, runs))
+
+    def _changed(self, length: int, offset: int, sequence: int, layer_id: int) -> None:
+        _, base_id, first, _ = wire.place_of(0, offset, 0)
+        self._check_range(first * BLOCK_BYTES, length)
+        runs = self._replica.differences(first, length // BLOCK_BYTES, base_id, layer_id)
         self._send(wire.extents_frame(sequence, runs))
 
     def _controlled(self, sequence: int, answer: dict[str, Any] | BlockdError) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from blockd.daemons import opening, process
+from blockd.daemons.block_status import CHANGED_CONTEXT
 from blockd.daemons.control import ControlServer
 from blockd.daemons.members import Members
 from blockd.daemons.nbd_server import NbdConnection, NbdServer
@@ -29,6 +30,7 @@ from protocol.errors import (
     RequestError,
     StateError,
 )
+from protocol.nbd import constants as nbd
 from protocol.nbd.exports import Export
 from protocol.units import check_min_in_sync, check_name, parse_rate
 from replication.authority import Authority, SqliteAuthority
@@ -97,8 +99,10 @@ class VolumeDaemon:
         volume, at, snapshot = name.partition("@")
         if volume not in ("", record.volume_name):
             return None
-        if at and record.layer_named(snapshot) is None:
+        layer = record.layer_named(snapshot)
+        if at and layer is None:
             return None
+        others = [other.name for other in record.layers if other.name and other is not layer]
         return Export(
             name=f"{record.volume_name}@{snapshot}" if at else record.volume_name,
             size_bytes=record.size_bytes,
@@ -106,6 +110,7 @@ class VolumeDaemon:
             minimum_block=1,  # smaller writes are completed to whole blocks here
             preferred_block=self.options.block_size,
             description=f"snapshot {snapshot}" if at else "live volume",
+            contexts=(nbd.BASE_ALLOCATION, *[CHANGED_CONTEXT + name for name in others]),
         )
 
     def layer_of(self, export_name: str) -> int:

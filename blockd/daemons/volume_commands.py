@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
+from blockd.daemons.diff import Diff
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
@@ -33,6 +34,7 @@ class VolumeCommands:
             "snapshot-create": self._snapshot_create,
             "snapshot-remove": self._snapshot_remove,
             "snapshot-revert": self._snapshot_revert,
+            "diff": self._diff,
             "member-add": self._member_add,
             "member-remove": self._member_remove,
             "member-address": self._member_address,
@@ -152,6 +154,22 @@ class VolumeCommands:
                 "them first (unmount, detach), or force the revert"
             )
         self._daemon.structure.revert(name, _answer_with(answer))
+
+    def _diff(self, request: dict[str, Any], answer: Answer) -> None:
+        """Extents in which `snapshot` (empty: the live volume) may differ from snapshot `base`."""
+        structure, to = self._daemon.structure, str(request["snapshot"])
+        base_id = structure.find(str(request["base"])).id
+        layer_id = structure.find(to).id if to else 0
+        offset = int(request["offset"])
+
+        def post(call: Callable[[], None]) -> None:
+            def run() -> None:
+                call()
+                self._daemon.send_everything()
+
+            self._daemon.loop.post(run)
+
+        Diff(self._engine, base_id, layer_id, offset, answer, post).go_on()
 
     def _refuse_if_read(self, name: str, what: str) -> None:
         layer = self._daemon.structure.find(name)

@@ -45,7 +45,7 @@ from blockd.node.api_types import (
 from blockd.node.context import Context
 from blockd.node.objects import Disk, Node, VolumeSpec
 from blockd.node.operations import Operations
-from blockd.node.views import ReplicaView, SnapshotView, VolumeView
+from blockd.node.views import DiffView, ReplicaView, SnapshotView, VolumeView
 
 WAIT_SECONDS = 60.0
 WAIT_SECONDS_MAX = 3600.0  # a client that wants longer asks again
@@ -231,6 +231,20 @@ def snapshot_revert(
     return operations.revert(name, snapshot, (data or RevertBody()).force, wait)
 
 
+@get("/v1/volumes/{name:str}/snapshots/{snapshot:str}/diff", sync_to_thread=True)
+def snapshot_diff(
+    operations: Ops,
+    name: FromPath[str],
+    snapshot: FromPath[str],
+    to: Annotated[
+        str, QueryParameter(description="a later snapshot; without: the volume now")
+    ] = "",
+    offset: Annotated[int, QueryParameter(ge=0, description="where to go on")] = 0,
+) -> DiffView:
+    """Where the volume, or another snapshot, may differ from a snapshot."""
+    return operations.snapshot_diff(name, snapshot, to, offset)
+
+
 @get("/v1/volumes/{name:str}/replicas", sync_to_thread=True)
 def replica_list(operations: Ops, name: FromPath[str]) -> list[ReplicaView]:
     """The replicas of a volume."""
@@ -294,6 +308,7 @@ HANDLERS = [
     snapshot_show,
     snapshot_delete,
     snapshot_revert,
+    snapshot_diff,
     replica_list,
     replica_add,
     replica_delete,

@@ -8,14 +8,16 @@ that it does not come true by surprise later.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from blockd.frontends import check as check_front_end
 from blockd.frontends import choose
 from blockd.node import control, mounts
+from blockd.node.checks import check_path, check_range, check_settings
 from blockd.node.context import SNAPSHOT_FINALIZER, VOLUME_FINALIZER, Context
 from blockd.node.objects import (
     BLOCK_SIZES,
@@ -33,7 +35,9 @@ from blockd.node.objects import (
 )
 from blockd.node.reconcile_devices import no_device_text
 from blockd.node.store import find, modify
+from blockd.node.supervisor import DaemonSpec
 from blockd.node.views import (
+    DiffView,
     ReplicaView,
     SnapshotView,
     VolumeView,
@@ -50,16 +54,12 @@ from protocol.errors import (
 from protocol.units import (
     REPLICAS_MAX,
     SNAPSHOTS_MAX,
-    check_min_in_sync,
     check_name,
-    check_rate,
     check_size,
 )
 from replication.authority import IN_SYNC, Record
 
 POLL_SECONDS = 0.05
-REBUILD_WAIT_SECONDS_MAX = 7 * 86_400
-MOUNT_PATH_BYTES_MAX = 4095  # PATH_MAX without the final zero
 
 
 class Operations:
@@ -85,8 +85,8 @@ class Operations:
         """A new, detached volume."""
         check_name("volume", name)
         check_size(spec.size_bytes)
-        _check_range("replicas", spec.replicas, 1, REPLICAS_MAX)
-        _check_settings(spec)
+        check_range("replicas", spec.replicas, 1, REPLICAS_MAX)
+        check_settings(spec)
         if spec.block_size not in BLOCK_SIZES:
             raise RequestError(f"block size {spec.block_size} is not supported; choose 4096 or 512")
         metadata = Metadata(name=name, labels=labels, finalizers=[VOLUME_FINALIZER])
@@ -108,7 +108,7 @@ class Operations:
         volume = self._volume(name)
         for field, value in changes.items():
             setattr(volume.spec, field, value)
-        _check_settings(volume.spec)
+        check_settings(volume.spec)
 
         def change(item: Volume) -> None:
             for field, value in changes.items():
@@ -191,7 +191,7 @@ class Operations:
         """Mount an attached volume; a blank one gets a file system."""
         volume = self._volume(name)
         mounts.check_file_system(fs)
-        where = _check_path(path) if path else str(self._context.home.mount_point(name))
+        where = check_path(path) if path else str(self._context.home.mount_point(name))
         if not volume.spec.attached:
             raise ConflictError(
                 f"volume {name} is detached; attach it first: `blockd volume attach {name}`"
@@ -308,6 +308,14 @@ class Operations:
         self._await(wanted, done, wait_seconds, f"reverted to {name}")
         return self.volume(volume)
 
+    def snapshot_diff(self, volume: str, base: str, to: str, offset: int) -> DiffView:
+        """Where the volume (`to` empty) or a snapshot may differ from snapshot `base`."""
+        for name in (base, to) if to else (base,):
+            self.snapshot(volume, name)
+        daemon = self._running_daemon(volume, "compares snapshots")
+        answer = control.ask(daemon.control, "diff", base=base, snapshot=to, offset=offset)
+        return msgspec.convert({"extents": answer["extents"], "next": answer["next"]}, DiffView)
+
     # -- replicas -------------------------------------------------------------------------------
 
     def replica_add(self, volume: str, wait_seconds: float) -> VolumeView:
@@ -381,13 +389,7 @@ class Operations:
 
     def verify(self, volume: str) -> VolumeView:
         """Begin to check and compare every block of an attached volume on all its replicas."""
-        item = self._volume(volume)
-        daemon = self._context.volume_daemon(item, [])
-        if not item.spec.attached or not daemon.control.exists():
-            raise ConflictError(
-                f"volume {volume} is not attached, and its volume daemon compares the replicas; "
-                f"attach it first: `blockd volume attach {volume}`"
-            )
+        daemon = self._running_daemon(volume, "compares the replicas")
         control.ask(daemon.control, "verify")
         return self.volume(volume)
 
@@ -398,6 +400,16 @@ class Operations:
         if item is None:
             raise NotFoundError(f"volume {name} does not exist; see `blockd volume ls`")
         return item
+
+    def _running_daemon(self, volume: str, what_for: str) -> DaemonSpec:
+        item = self._volume(volume)
+        daemon = self._context.volume_daemon(item, [])
+        if not item.spec.attached or not daemon.control.exists():
+            raise ConflictError(
+                f"volume {volume} is not attached, and its volume daemon {what_for}; "
+                f"attach it first: `blockd volume attach {volume}`"
+            )
+        return daemon
 
     def _live_replicas(self, volume: str) -> list[Replica]:
         return [i for i in self._context.replicas_of(volume) if i.metadata.deleted is None]
@@ -461,29 +473,3 @@ def _late(what: str, wait_seconds: float, item: Volume) -> str:
 
 def _want_detached(item: Volume) -> None:
     item.spec.attached, item.spec.mount = False, None
-
-
-def _check_settings(spec: VolumeSpec) -> None:
-    _check_range("rebuild wait", spec.rebuild_wait_seconds, 0, REBUILD_WAIT_SECONDS_MAX)
-    if spec.rebuild_bandwidth is not None:
-        check_rate(spec.rebuild_bandwidth)
-    check_min_in_sync(spec.min_in_sync)
-    if spec.min_in_sync > spec.replicas:
-        raise RequestError(
-            f"min-in-sync {spec.min_in_sync} is above the {spec.replicas} replicas of the volume; "
-            "no write would ever be answered"
-        )
-
-
-def _check_range(what: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise RequestError(f"{what} {value:g} is outside {least:g} to {most:g}")
-
-
-def _check_path(path: str) -> str:
-    if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > MOUNT_PATH_BYTES_MAX:
-        raise RequestError(f"mount point {path!r} is not usable; give an absolute path")
-    clean = os.path.normpath(path)
-    if clean == "/":
-        raise RequestError("mount point / is the root of this machine; choose another directory")
-    return clean

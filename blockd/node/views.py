@@ -74,6 +74,16 @@ class SnapshotView(msgspec.Struct):
     size_bytes: int
 
 
+class DiffView(msgspec.Struct):
+    """Where two views of a volume may differ: [offset, length] in bytes, ascending.
+
+    `next`: the offset from which to ask for the rest; null: that is all.
+    """
+
+    extents: list[tuple[int, int]]
+    next: int | None
+
+
 class VolumeView(msgspec.Struct):
     """One volume."""
 

@@ -15,7 +15,7 @@ class Export:
     """One name a client can choose, and what it may expect behind it.
 
     `contexts` are the metadata contexts a client can select on it, full names in the order they
-    are listed; more of them (such as x-blockd:changed:NAME) need no change here.
+    are listed.
     """
 
     name: str

@@ -8,8 +8,8 @@ import sys
 
 from tests.powercut.replay import Replay
 
-HISTORIES = 6  # of each kind
-STATES = 12  # random ones per boundary
+HISTORIES = 3  # of each kind
+STATES = 8  # random ones per boundary
 
 
 def main() -> int:

@@ -8,12 +8,12 @@ from protocol.checksum import block_checksums
 from protocol.errors import BlockdError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
 from snapshots import metadata
-from snapshots.masks import resolve
 from snapshots.chain import chain
+from snapshots.masks import resolve
 from snapshots.replica import Replica
 from tests.powercut.expected import ZERO, Expected
 from tests.powercut.found import Found, read
-from tests.powercut.rebuild import RebuildHistory, begin
+from tests.powercut.rebuild import AGAIN, RebuildHistory, begin
 from tests.powercut.states import SECTOR_BYTES
 from tests.snapshots.model import BLOCK_COUNT, BLOCKS, REGION, fill, kill
 
@@ -27,7 +27,7 @@ class Violation(AssertionError):
 def check(path: str, expected: Expected, time: int, boot: int) -> None:
     """Open the directory that a cut at `time` left and look at everything."""
     boots = iter(range(boot, 1 << 60))
-    with mock.patch.object(metadata, "boot_id", lambda: f"boot {next(boots)}"):
+    with mock.patch.object(metadata, "boot_id", side_effect=lambda: f"boot {next(boots)}"):
         replica = _open(path)
         zones = set(replica.recovered_zones)
         try:
@@ -150,10 +150,18 @@ def _same(wanted: Found, found: Found, what: str) -> None:
         raise Violation(f"after {what} it reads differently, blocks {sorted(different)[:8]}")
 
 
+def _check_stamps(history: RebuildHistory, time: int, replica: Replica) -> None:
+    """It may be a source later, so it knows what changed while it was away."""
+    if time >= history.ends:
+        for zone, stamp in enumerate(history.stamps):
+            if replica.dirty.stamp(zone, AGAIN) < stamp:
+                raise Violation(f"zone {zone} changed in configuration {stamp}, it forgot that")
+
+
 def check_rebuild(path: str, history: RebuildHistory, time: int, boot: int) -> None:
     """Open what a cut at `time` left, make it equal to the other member, and compare them."""
     boots = iter(range(boot, 1 << 60))
-    with mock.patch.object(metadata, "boot_id", lambda: f"boot {next(boots)}"):
+    with mock.patch.object(metadata, "boot_id", side_effect=lambda: f"boot {next(boots)}"):
         replica = _open(path)
         try:
             if replica.complete and not history.begins <= time < history.ends:
@@ -164,6 +172,7 @@ def check_rebuild(path: str, history: RebuildHistory, time: int, boot: int) -> N
                 _check_snapshots(expected, time, found)
                 _check_zones(expected, time, found, zones)
                 _check_structure(replica)
+                _check_stamps(history, time, replica)
             elif not replica.complete and time >= history.ends:
                 raise Violation("it is incomplete again")
             sync = begin(history.other, replica, history.since(time))

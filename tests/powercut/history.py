@@ -11,11 +11,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 from unittest import mock
 
 from protocol.checksum import block_checksums
-from protocol.units import BLOCKS_PER_ZONE
 from snapshots.flush import FlushJob
 from snapshots.replica import Replica
 from snapshots.store import Store
@@ -28,6 +26,18 @@ from tests.snapshots.model import BLOCKS, RANGES, REGION, SIZE_BYTES, fill, kill
 REGION_COUNT = -(-(SIZE_BYTES // 4096) // REGION)
 SNAPSHOTS_MAX = 5
 RUN_MAX = 6
+KINDS = {
+    "change": 40,
+    "flush": 14,
+    "two_flushes": 3,
+    "maintain": 16,
+    "seal": 6,
+    "remove": 4,
+    "revert": 2,
+    "restart": 2,
+    "cut": 3,
+    "note": 2,
+}
 
 
 class History:
@@ -95,22 +105,10 @@ class History:
 
     # ---- steps ----------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Something random."""
-        kinds: dict[str, int] = {
-            "change": 40,
-            "flush": 14,
-            "two_flushes": 3,
-            "maintain": 16,
-            "seal": 6,
-            "remove": 4,
-            "revert": 2,
-            "restart": 2,
-            "cut": 3,
-            "note": 2,
-        }
-        kind = self.random.choices(list(kinds), list(kinds.values()))[0]
-        self.do(kind)
+    def run(self, steps: int) -> None:
+        """That many random steps."""
+        for _ in range(steps):
+            self.do(self.random.choices(list(KINDS), list(KINDS.values()))[0])
 
     def do(self, kind: str) -> None:
         self.steps.append((self.now, kind))
@@ -238,23 +236,15 @@ class History:
         """A power cut in the life of the replica; the next process opens what it left."""
         kill(self.replica)
         time = self.now
-        state = after_cut(self.recorder, time, random_choice(self.random))
         unstable = self.expected.unstable_zones(time)
-        self._without_recording(lambda: make(state, self.path, self.path))
+        self.cut_and_open(time)
+        self.expected.cut(time, self.now, read_all(self.replica), self._present(), unstable)
+
+    def cut_and_open(self, time: int) -> None:
+        """Power is gone at `time`, which is now, and comes back."""
+        state = after_cut(self.recorder, time, random_choice(self.random))
+        with self.recorder.paused():
+            make(state, self.path, self.path)
         self.recorder.boot += 1
         self.recorder.begin_segment()
         self._open()
-        self.expected.cut(time, self.now, read_all(self.replica), self._present(), unstable)
-
-    def _without_recording(self, work: Any) -> None:
-        from tests.powercut.recorder import os as recorded_os
-
-        real = self.recorder._real
-        names = [name for name in real if name != "fallocate"]
-        with mock.patch.multiple(recorded_os, **{name: real[name] for name in names}):
-            work()
-
-
-def zones_of(blocks: set[int]) -> set[int]:
-    """The zones that some blocks lie in."""
-    return {block // BLOCKS_PER_ZONE for block in blocks}

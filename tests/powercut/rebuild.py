@@ -16,12 +16,13 @@ from pathlib import Path
 from random import Random
 
 from protocol.errors import StateError
+from snapshots.logical import DIGEST_BYTES
 from snapshots.replica import Replica
 from tests.powercut.expected import NEVER
 from tests.powercut.found import Found, read
 from tests.powercut.history import History
 from tests.snapshots.equalize import Sync
-from tests.snapshots.model import SIZE_BYTES, kill
+from tests.snapshots.model import RANGES, REGION, SIZE_BYTES, kill
 
 TOGETHER_STEPS, ALONE_STEPS, AFTER_STEPS = 25, 20, 8
 ATTEMPTS_MAX = 8  # as in replication/rebuild.py
@@ -38,11 +39,12 @@ class RebuildHistory(History):
         self.other = Replica.open(path)
         self.other.shared = True
         self.lost = self.begins = self.ends = NEVER
+        self.stamps: list[int] = []  # of the other, by zone, when both are equal
         self.before = self.expected  # until the rebuild begins
         self.final: Found | None = None  # of the other, at the end of all
 
-    def run(self) -> None:
-        """All of it."""
+    def run(self, steps: int) -> None:
+        """All of it, however many steps that takes."""
         for _ in range(TOGETHER_STEPS):
             self.both()
         self.lose()
@@ -161,31 +163,48 @@ class RebuildHistory(History):
         for replica in (self.replica, self.other):
             replica.note_config(AGAIN)
         found = read(self.other)
+        self.stamps = [
+            self.other.dirty.stamp(zone, AGAIN) for zone in range(len(self.other.dirty.zones))
+        ]
         self.before = self.expected
         self.expected = self.before.rebased(self.ends, found.live, found.snapshots)
 
     def cut_in_sync(self) -> None:
         """A power cut in the middle of it."""
-        from tests.powercut.states import after_cut, make, random_choice
-
         kill(self.replica)
-        state = after_cut(self.recorder, self.now, random_choice(self.random))
-        self._without_recording(lambda: make(state, self.path, self.path))
-        self.recorder.boot += 1
-        self.recorder.begin_segment()
-        self._open()
+        self.cut_and_open(self.now)
 
     def since(self, time: int) -> int:
         """The configuration from which on the replica may miss something after a cut."""
         return ALONE if time < self.ends else AGAIN
 
 
+class QuickSync(Sync):
+    """Looks at the blocks that a history can have touched, and at no others."""
+
+    def copy_region(self, layer_id: int, parent_id: int, region: int) -> None:
+        for first, count in pieces_of(region):
+            theirs = self.source.layer_digests(layer_id, parent_id, first, count)
+            ours = self.target.layer_digests(layer_id, parent_id, first, count)
+            for number in range(count):
+                at = slice(number * DIGEST_BYTES, (number + 1) * DIGEST_BYTES)
+                if theirs[at] != ours[at]:
+                    self.copy_blocks(layer_id, parent_id, first + number, 1)
+
+
+def pieces_of(region: int) -> list[tuple[int, int]]:
+    """The parts of RANGES in a region."""
+    begin, end = region * REGION, (region + 1) * REGION
+    cut = [(max(first, begin), min(first + count, end)) for first, count in RANGES]
+    return [(first, stop - first) for first, stop in cut if first < stop]
+
+
 def begin(source: Replica, target: Replica, since: int) -> Sync:
     """A rebuild that keeps what is there, if that can be."""
-    sync = Sync(source, target, since)
+    sync = QuickSync(source, target, since)
     try:
         sync.begin()
     except StateError:
-        sync = Sync(source, target, since, fresh=True)
+        sync = QuickSync(source, target, since, fresh=True)
         sync.begin()
     return sync

@@ -26,6 +26,8 @@ from snapshots.layer import map_offset
 from snapshots.syscalls import FALLOC_FL_PUNCH_HOLE
 
 PAGE_BYTES = 4096
+_CALLS = ("open", "pwrite", "pwritev", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
+
 Page = bytes | None
 
 
@@ -113,7 +115,7 @@ class Recorder:
         self.segments: list[Segment] = []
         self.boot = 1
         self.before_sync: Callable[[], None] = lambda: None  # work of others in between
-        self.lying = ""  # calls on files whose name contains this do nothing, on purpose
+        self.lying = ""  # a sync of a file or directory whose path ends like this does nothing
         self._map_pages = tuple(map_offset(r) // PAGE_BYTES for r in range(region_count))
         self._by_number: dict[int, Inode] = {}
         self._real: dict[str, Any] = {}
@@ -209,14 +211,21 @@ class Recorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the calls."""
-        names = ("open", "pwrite", "pwritev", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
-        self._real = {name: getattr(os, name) for name in names}
+        self._real = {name: getattr(os, name) for name in _CALLS}
         self._real["fallocate"] = syscalls.fallocate
-        with mock.patch.multiple(os, **{name: getattr(self, f"_{name}") for name in names}):
-            with mock.patch.object(syscalls, "fallocate", self._fallocate):
-                with mock.patch.object(metadata, "boot_id", lambda: f"boot {self.boot}"):
-                    yield
+        with (
+            mock.patch.multiple(os, **{name: getattr(self, f"_{name}") for name in _CALLS}),
+            mock.patch.object(syscalls, "fallocate", self._fallocate),
+            mock.patch.object(metadata, "boot_id", side_effect=lambda: f"boot {self.boot}"),
+        ):
+            yield
         self._real = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done to the files meanwhile is not recorded."""
+        with mock.patch.multiple(os, **{name: self._real[name] for name in _CALLS}):
+            yield
 
     def _place(self, path: Any) -> tuple[Directory, str] | None:
         folder, name = os.path.split(os.fspath(path))
@@ -329,7 +338,7 @@ class Recorder:
         return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self.root)
 
     def _lies(self, fd: int) -> bool:
-        return bool(self.lying) and self.lying in os.readlink(f"/proc/self/fd/{fd}")
+        return bool(self.lying) and os.readlink(f"/proc/self/fd/{fd}").endswith(self.lying)
 
 
 def data_pages(fd: int) -> list[int]:

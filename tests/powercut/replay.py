@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time as clock
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from protocol.errors import BlockdError
 from tests.powercut.check import Violation, check, check_rebuild
 from tests.powercut.history import History
 from tests.powercut.rebuild import RebuildHistory
@@ -22,7 +24,8 @@ from tests.powercut.states import (
     random_choice,
 )
 
-LIFE_STEPS = 120
+LIFE_STEPS = 120  # of a history of the kind "life"; a rebuild is as long as it is
+FILES_MAX = 3  # of which alone, or of all but which, is kept, at each boundary
 VIOLATIONS_MAX = 5  # told per history; one cause has many
 BOOT = 1000  # boots of checks; those of histories are far below
 
@@ -30,7 +33,16 @@ BOOT = 1000  # boots of checks; those of histories are far below
 class Replay:
     """`kind` is "life" (history.py) or "rebuild" (rebuild.py)."""
 
-    def __init__(self, kind: str, seed: int, states: int, *, prefixes: bool) -> None:
+    def __init__(
+        self,
+        kind: str,
+        seed: int,
+        states: int,
+        *,
+        prefixes: bool,
+        steps: int = LIFE_STEPS,
+        lying: str = "",
+    ) -> None:
         self.kind = kind
         self.seed = seed
         self.boundaries = self.opened = self.events = 0
@@ -38,6 +50,8 @@ class Replay:
         self.violations: list[str] = []
         self._states = states
         self._prefixes = prefixes
+        self._steps = steps
+        self._lying = lying  # syncs of this file do nothing, to see that it is noticed
         self._random = Random(f"{kind} {seed}")
 
     def line(self) -> str:
@@ -58,25 +72,26 @@ class Replay:
         try:
             self._run(directory)
         finally:
+            gc.unfreeze()
             shutil.rmtree(directory)
             self.seconds = clock.monotonic() - began
 
     def _run(self, directory: Path) -> None:
-        if self.kind == "life":
-            history = History(directory, self._random)
+        history = (History if self.kind == "life" else RebuildHistory)(directory, self._random)
+        history.recorder.lying = self._lying
+        try:
             with history.running():
-                for _ in range(LIFE_STEPS):
-                    history.step()
-            first = 0
-        else:
-            history = RebuildHistory(directory, self._random)
-            with history.running():
-                history.run()
-            first = history.lost
+                history.run(self._steps)
+        except (BlockdError, AssertionError) as error:
+            done = ", ".join(name for _, name in history.steps[-4:])
+            self.violations.append(f"in the history, after {done}: {error!r}")
+            return
+        first = history.lost if isinstance(history, RebuildHistory) else 0
         recorder = history.recorder
         self.events = recorder.time
         boundaries = [(at, what) for at, what in recorder.boundaries if at >= first]
         self.boundaries = len(boundaries)
+        gc.freeze()  # `kill` collects garbage: what was recorded need not be looked at each time
         previous = first
         for at, what in boundaries:
             for time, choice in self._cuts(history, previous, at):
@@ -93,7 +108,8 @@ class Replay:
         if self._prefixes:
             for time in range(max(previous + 1, begin), at):
                 yield time, EVERYTHING
-            for number in range(len(recorder.segment_at(at).inodes)):
+            inodes = range(len(recorder.segment_at(at).inodes))
+            for number in random.sample(inodes, min(len(inodes), FILES_MAX)):
                 for kept in (False, True):
                     choice = one_kind(number, kept=kept, recorder=recorder, time=before)
                     yield before, choice

@@ -43,7 +43,7 @@ class Sync:
 
     def regions(self, layer_id: int, parent_id: int) -> list[int]:
         """Regions to compare: those in the zones, and all of layers that are new here."""
-        found = set()
+        found: set[int] = set()
         for replica in (self.source, self.target):
             for first, count in replica.layer_regions(layer_id, parent_id):
                 found.update(range(first, first + count))

@@ -5,13 +5,17 @@ Each operation is tried after every step of folding a deleted snapshot, with and
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from protocol.checksum import block_checksum
 from protocol.errors import NotFoundError, StateError
-from tests.snapshots.model import REGION, Model
+from snapshots.layer import block_offset
+from tests.snapshots.model import REGION, Model, fill, read_blocks
 
 FIRST = REGION - 4
 
@@ -127,3 +131,31 @@ def test_a_layer_that_is_not_removed_separates_logical_layers(tmp_path: Path) ->
     with pytest.raises(NotFoundError):
         model.replica.layer_regions(1, 3)
     assert model.replica.layer_regions(1, 0) == [(0, 2)]
+
+
+def test_a_damaged_block_stays_until_it_is_mended_and_folding_ends(tmp_path: Path) -> None:
+    model = Model(tmp_path / "replica")
+    model.write(FIRST, [1, 2, 3])
+    model.seal()
+    model.replica.flush()
+    with open(model.path / "layers" / "1.layer", "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"X", block_offset(FIRST + 1) + 100)
+    model.remove(1)
+    steps = 0
+    while model.replica.maintain():
+        steps += 1
+        assert steps < 20, "folding goes round and round"
+    assert [layer.id for layer in model.replica.tree()] == [1, 2]
+    assert read_blocks(model.replica, FIRST, 1) + read_blocks(model.replica, FIRST + 2, 1) == [
+        fill(1),
+        fill(3),
+    ]
+    with pytest.raises(AssertionError):
+        read_blocks(model.replica, FIRST + 1, 1)
+    good = memoryview(fill(2))
+    entries = memoryview(array("I", [block_checksum(good)]))
+    assert model.replica.mend(0, FIRST + 1, entries, good) == 1
+    while model.replica.maintain():
+        pass
+    assert [layer.id for layer in model.replica.tree()] == [2]
+    model.check()

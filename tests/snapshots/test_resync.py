@@ -186,3 +186,29 @@ def test_a_member_that_was_away_becomes_equal(group: int, monkeypatch: pytest.Mo
             except BaseException as error:
                 error.add_note(f"seed {seed}")
                 raise
+
+
+def test_what_was_copied_before_a_kill_is_durable_when_the_next_attempt_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt finds it equal, in the page cache, and does not write it again."""
+    disk = VolatileDisk(tmp_path, monkeypatch)
+    model = Model(tmp_path / "a")
+    model.write(5, [1, 2, 3])
+    model.seal()
+    model.replica.flush()
+    Replica.create(tmp_path / "b", size_bytes=SIZE_BYTES, replica_uuid="b")
+    replica = Replica.open(tmp_path / "b")
+    first = Sync(model.replica, replica, 0, fresh=True)
+    first.begin()
+    first.copy()
+    kill(replica)
+    replica = Replica.open(tmp_path / "b")
+    second = Sync(model.replica, replica, 0).run()
+    assert second.copied_blocks == 0
+    kill(replica)
+    disk.cut_power_keeping(lambda name, page: False)
+    replica = Replica.open(tmp_path / "b")
+    for layer_id, content in ((0, model.live), *model.snapshots.items()):
+        compare(replica, content, layer_id)
+    replica.close()

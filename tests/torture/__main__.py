@@ -33,13 +33,13 @@ def run(
         for number in range(1, rounds + 1):
             is_node = with_node and (number % NODE_EVERY == 0 or not by_hand)
             if is_node not in sessions:
+                seed_of_session = source.randrange(1 << 32)
                 if is_node:
-                    ground: Ground = NodeGround(directory / "node")
-                    faults = NODE_FAULTS
+                    made = Session(NodeGround(directory / "node"), NODE_FAULTS, seed_of_session)
                 else:
-                    ground, faults = Ground(directory / "hand"), FAULTS
-                sessions[is_node] = Session(ground, faults, source.randrange(1 << 32))
-                ground.start_everything()
+                    made = Session(Ground(directory / "hand"), FAULTS, seed_of_session)
+                sessions[is_node] = made
+                made.ground.start_everything()
             session = sessions[is_node]
             try:
                 told = session.round(fault)

@@ -101,7 +101,7 @@ class Ground:
         self._generation = 0
         self.disks: dict[int, Path] = {}  # replica to its small disk
         if os.geteuid() == 0:
-            for number, kind in enumerate(("ext4", "ext4")):
+            for number, kind in enumerate(("ext4", "tmpfs")):
                 self._make_disk(number, kind)
         self.replicas = [self._replica(number) for number in range(REPLICAS)]
         self.volume = self.next_volume()

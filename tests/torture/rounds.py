@@ -1,4 +1,4 @@
-"""Rounds of torture: clients at work, one fault, everything in sync again, every block looked at."""
+"""Rounds of torture: clients at work, one fault, all in sync again, every block looked at."""
 
 from __future__ import annotations
 
