@@ -246,6 +246,10 @@ class Engine(Reading):
 
     def _tell_stable(self, flush: _Flush) -> None:
         """Every target has made it durable: they need not remember what they wrote before it."""
+        applied = min((link.applied for link in self.targets), default=0)
+        owed = next((entry[0] for entry in self.pending if entry[0] > applied), None)
+        if owed is not None and owed < max(flush.asked.values(), default=0):
+            return  # a full member flushes past changes that wait for space there
         config_seq = self.record.config_seq
         for link in self.targets:
             if link.connected and link in flush.asked:

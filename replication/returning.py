@@ -31,6 +31,7 @@ class _Return:
     def __init__(self, engine: Engine, link: Link) -> None:
         self._engine = engine
         self._link = link
+        self._kept: list[int] = []  # layers that were deleted while it was away
 
     def start(self, end: Done) -> None:
         self._end = end
@@ -40,11 +41,11 @@ class _Return:
         engine, record = self._engine, self._engine.record
         pending = record.pending
         removed = {layer.id for layer in record.layers if layer.removed}
-        kept = [
+        kept = self._kept = [
             int(layer["id"])
             for layer in tree["layers"]
             if int(layer["id"]) in removed and not layer["removed"]
-        ]  # deleted while it was away
+        ]
         if pending is not None:
             if tree["head_id"] == pending["new_head_id"]:
                 self._call(wire.FLUSH, None, lambda answer: self._reverted())
@@ -65,7 +66,7 @@ class _Return:
         self._call(wire.FLUSH, None, lambda answer: self._reverted())
 
     def _reverted(self) -> None:
-        self._engine.ledger.change(finish_revert, lambda error: self._enter())
+        self._engine.ledger.change(finish_revert, lambda error: self._drop(self._kept))
 
     def _drop(self, dropped: list[int]) -> None:
         """The layers of a snapshot that did not happen, or was deleted meanwhile."""

@@ -22,6 +22,7 @@ class Mutation:
     module: str
     old: str
     new: str
+    more: tuple[tuple[str, str], ...] = ()  # further replacements in the same module
 
 
 MUTATIONS = (
@@ -66,6 +67,7 @@ MUTATIONS = (
         "replication.membership",
         "if not others:",
         "if False:",
+        (("elif link.state == IN_SYNC and not _others_in_sync(engine, link):", "elif False:"),),
     ),
     Mutation(
         "fewer members than min-in-sync are enough",
@@ -280,12 +282,13 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
         text = self.get_data(path).decode()
-        count = text.count(self.mutation.old)
-        if count != 1:
-            raise SystemExit(
-                f"mutation {self.mutation.name!r}: its text is {count} times in {path}"
-            )
-        return compile(text.replace(self.mutation.old, self.mutation.new), path, "exec")
+        mutation = self.mutation
+        for old, new in ((mutation.old, mutation.new), *mutation.more):
+            count = text.count(old)
+            if count != 1:
+                raise SystemExit(f"mutation {mutation.name!r}: {old!r} is {count} times in {path}")
+            text = text.replace(old, new)
+        return compile(text, path, "exec")
 
 
 class _Finder:

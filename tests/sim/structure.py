@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from protocol.errors import BlockdError, PeerError
+from protocol.errors import BlockdError, PeerError, StorageError
 from tests.sim.client import Client
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.history import Era, Snapshot
@@ -92,7 +92,7 @@ class StructureUser:
 
     def _reverted(self, error: BlockdError | None) -> None:
         """Without an error it happened; if members were lost it may have, or may still."""
-        if error is not None and not isinstance(error, PeerError):
+        if error is not None and not isinstance(error, PeerError | StorageError):
             self._reverting = None
         elif self._reverting is not None:
             maybe = error is not None
