@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+Run = Callable[..., tuple[int, str, str]]
+"""`blockd` with these words: exit code, stdout, stderr"""
 
 
 @dataclass

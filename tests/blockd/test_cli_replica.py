@@ -7,21 +7,18 @@ Proves against a fake API that `replica rebuild` ends with 0 only when every tar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blockd.cli import main
 from blockd.cli import replica as replica_commands
-from tests.blockd.cli_fake_node import FakeNode, replica_view, serving_unix, volume_view
+from tests.blockd.cli_fake_node import FakeNode, Run, replica_view, serving_unix, volume_view
 
 FIRST = "3f2a9c10-0000-4000-8000-000000000001"
 SECOND = "3f2b77de-0000-4000-8000-000000000002"
 REBUILD = ("replica", "rebuild", "data", "--timeout", "5")  # ends even if the command is wrong
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -30,16 +27,6 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNode]:
     with serving_unix(tmp_path / "blockd.sock") as fake:
         fake.answer("POST", "/v1/volumes/data/rebuild", volume_view())
         yield fake
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_blockd(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--home", str(tmp_path), *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run_blockd
 
 
 def views(*states: str, health: str = "degraded") -> list[dict[str, Any]]:

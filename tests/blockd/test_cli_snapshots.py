@@ -7,15 +7,13 @@ wrong one removes none, and that the tree shows branches and where the volume is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from blockd.cli import main
-from tests.blockd.cli_fake_node import FakeNode, serving_unix, volume_view
+from tests.blockd.cli_fake_node import FakeNode, Run, serving_unix, volume_view
 
-Run = Callable[..., tuple[int, str, str]]
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -27,16 +25,6 @@ def node(tmp_path: Path) -> Iterator[FakeNode]:
         for name in NAMES:
             fake.answer("DELETE", f"/v1/volumes/data/snapshots/{name}", {})
         yield fake
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_blockd(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--home", str(tmp_path), "snapshot", *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run_blockd
 
 
 def removed(node: FakeNode) -> list[str]:
@@ -58,7 +46,7 @@ def removed(node: FakeNode) -> list[str]:
 def test_a_range_is_removed_oldest_first(
     node: FakeNode, run: Run, words: tuple[str, ...], names: list[str]
 ) -> None:
-    code, printed, _ = run("rm", *words, "-o", "json")
+    code, printed, _ = run("snapshot", "rm", *words, "-o", "json")
     assert code == 0
     assert removed(node) == names
     answer = json.loads(printed)
@@ -70,7 +58,7 @@ def test_dots_can_be_part_of_a_name(node: FakeNode, run: Run) -> None:
     views = [{"name": name, "id": number} for number, name in enumerate(["a", "a..b", "b"])]
     node.answer("GET", "/v1/volumes/data/snapshots", views)
     node.answer("DELETE", "/v1/volumes/data/snapshots/a..b", {})
-    assert run("rm", "data@a..b")[0] == 0
+    assert run("snapshot", "rm", "data@a..b")[0] == 0
     assert removed(node) == ["a..b"]
 
 
@@ -92,7 +80,7 @@ def test_dots_can_be_part_of_a_name(node: FakeNode, run: Run) -> None:
 def test_a_wrong_range_removes_nothing(
     node: FakeNode, run: Run, words: tuple[str, ...], code: int
 ) -> None:
-    assert run("rm", *words)[0] == code
+    assert run("snapshot", "rm", *words)[0] == code
     assert removed(node) == []
 
 
@@ -103,7 +91,7 @@ def test_the_tree_branches_where_several_were_taken_on_one(node: FakeNode, run: 
         for name, (number, parent) in parents.items()
     ]
     node.answer("GET", "/v1/volumes/data", volume_view(snapshots=snapshots, head_parent=2))
-    code, printed, _ = run("tree", "data")
+    code, printed, _ = run("snapshot", "tree", "data")
     assert code == 0
     assert printed.replace("  2026-01-05T10:00:00Z", "").splitlines() == [
         "a",

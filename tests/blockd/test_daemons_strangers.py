@@ -85,20 +85,31 @@ def test_a_directory_made_anew_is_not_in_sync_when_the_volume_opens(
         check_each(made, b"1" * BLOCK)
 
 
+def with_an_old_copy(made: Cluster) -> Path:
+    """Fill the volume with 1, keep a copy of a directory, go on with 2; where the copy is."""
+    fill(made, b"1" * BLOCK)
+    made.volume.end()
+    made.replicas[0].end()
+    copy = made.directory / "copy"
+    shutil.copytree(directory(made, 0), copy)
+    made.replicas[0].start()
+    made.volume.start()
+    fill(made, b"2" * BLOCK)  # stable: no zone remembers it as missing
+    return copy
+
+
+def put_back(made: Cluster, copy: Path) -> None:
+    shutil.rmtree(directory(made, 0))
+    copy.rename(directory(made, 0))
+    made.replicas[0].start()
+
+
 def test_an_old_copy_is_not_in_sync_when_the_volume_opens(tmp_path: Path) -> None:
     with cluster(tmp_path, size="32M") as made:
-        fill(made, b"1" * BLOCK)
+        copy = with_an_old_copy(made)
         made.volume.end()
         made.replicas[0].end()
-        shutil.copytree(directory(made, 0), tmp_path / "copy")
-        made.replicas[0].start()
-        made.volume.start()
-        fill(made, b"2" * BLOCK)
-        made.volume.end()
-        made.replicas[0].end()
-        shutil.rmtree(directory(made, 0))
-        (tmp_path / "copy").rename(directory(made, 0))
-        made.replicas[0].start()
+        put_back(made, copy)
         made.volume.start()
         client = NbdClient(made.nbd)
         for _ in range(200):
@@ -109,18 +120,10 @@ def test_an_old_copy_is_not_in_sync_when_the_volume_opens(tmp_path: Path) -> Non
 
 def test_an_old_copy_of_a_lost_member_is_compared_as_a_whole(tmp_path: Path) -> None:
     with cluster(tmp_path, size="32M") as made:
-        fill(made, b"1" * BLOCK)
-        made.volume.end()
-        made.replicas[0].end()
-        shutil.copytree(directory(made, 0), tmp_path / "copy")
-        made.replicas[0].start()
-        made.volume.start()
-        fill(made, b"2" * BLOCK)  # stable before it is lost: no zone remembers it as missing
+        copy = with_an_old_copy(made)
         made.replicas[0].kill()
         poll("it is OUT", lambda: made.member(0)["state"] == "OUT")
-        shutil.rmtree(directory(made, 0))
-        (tmp_path / "copy").rename(directory(made, 0))
-        made.replicas[0].start()
+        put_back(made, copy)
         check_each(made, b"2" * BLOCK)
 
 

@@ -7,20 +7,18 @@ that damage on a disk is found, repaired and shown, and that a volume without a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blockd.cli import main
 from blockd.cli import volume as volume_commands
 from protocol.errors import ConflictError
-from tests.blockd.cli_fake_node import FakeNode, serving_unix, verify_view, volume_view
+from tests.blockd.cli_fake_node import FakeNode, Run, serving_unix, verify_view, volume_view
 from tests.blockd.node_harness import NodeHarness, until, write
 
 VERIFY = ("volume", "verify", "data", "--timeout", "5")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -30,16 +28,6 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNode]:
         started = volume_view(verify=verify_view(running=True))
         fake.answer("POST", "/v1/volumes/data/verify", started)
         yield fake
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_blockd(*arguments: str) -> tuple[int, str, str]:
-        code = main(["--home", str(tmp_path), *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run_blockd
 
 
 def answers(node: FakeNode, *reports: dict[str, Any] | None) -> None:

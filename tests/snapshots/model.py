@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from random import Random
 
 from protocol.checksum import ZEROS, block_checksum, block_checksums
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE
@@ -132,3 +133,27 @@ def compare(replica: Replica, content: Content, layer_id: int = 0, *, extents: b
         if not is_data[block]:
             assert content.get(block, 0) == 0, (layer_id, block)
     assert sum(is_data) <= len(BLOCKS)
+
+
+def grown(directory: Path, seed: int, steps: int = 60) -> Model:
+    """A replica with a random history of everything that can be done to it."""
+    random, model = Random(seed), Model(directory)
+    for _ in range(steps):
+        first, count = random.choice(RANGES)
+        start = random.randrange(count)
+        length = random.randint(1, count - start)
+        kind = random.random()
+        if kind < 0.5:
+            model.write(first + start, [random.randrange(1 << 20) for _ in range(length)])
+        elif kind < 0.65:
+            model.zero(first + start, length)
+        elif kind < 0.85 and len(model.snapshots) < 8:
+            model.seal()
+        elif kind < 0.9 and model.snapshots:
+            model.remove(random.choice(sorted(model.snapshots)))
+        elif kind < 0.93 and model.snapshots:
+            model.revert(random.choice(sorted(model.snapshots)))
+        else:
+            model.replica.flush()
+            model.replica.maintain()
+    return model

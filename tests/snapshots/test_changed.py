@@ -7,14 +7,13 @@ differs is named, and along a line of snapshots no block that was not written in
 from __future__ import annotations
 
 from pathlib import Path
-from random import Random
 
 import pytest
 
 from protocol.errors import NotFoundError
 from protocol.units import BLOCKS_PER_REGION
 from snapshots.replica import Replica
-from tests.snapshots.model import BLOCK_COUNT, BLOCKS, RANGES, Model
+from tests.snapshots.model import BLOCK_COUNT, BLOCKS, Model, grown
 
 
 def flagged(replica: Replica, base_id: int, layer_id: int = 0) -> set[int]:
@@ -33,25 +32,7 @@ def flagged(replica: Replica, base_id: int, layer_id: int = 0) -> set[int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_block_that_differs_is_named(tmp_path: Path, seed: int) -> None:
-    random, model = Random(seed), Model(tmp_path / "r")
-    for _ in range(60):
-        first, count = random.choice(RANGES)
-        start = random.randrange(count)
-        length = random.randint(1, count - start)
-        kind = random.random()
-        if kind < 0.5:
-            model.write(first + start, [random.randrange(1 << 20) for _ in range(length)])
-        elif kind < 0.65:
-            model.zero(first + start, length)
-        elif kind < 0.85 and len(model.snapshots) < 8:
-            model.seal()
-        elif kind < 0.9 and model.snapshots:
-            model.remove(random.choice(sorted(model.snapshots)))
-        elif kind < 0.93 and model.snapshots:
-            model.revert(random.choice(sorted(model.snapshots)))
-        else:
-            model.replica.flush()
-            model.replica.maintain()
+    model = grown(tmp_path / "r", seed)
     views = {0: model.live, **model.snapshots}
     for base_id, base in model.snapshots.items():
         for layer_id, content in views.items():

@@ -20,30 +20,8 @@ from snapshots import fsck, offline
 from snapshots.layer import block_offset, entry_number, layer_path
 from snapshots.offline import OfflineReplica
 from snapshots.replica import Replica
-from tests.snapshots.model import BLOCK_COUNT, BLOCKS, RANGES, ZONE, Model, fill, kill
+from tests.snapshots.model import BLOCK_COUNT, BLOCKS, ZONE, Model, fill, grown, kill
 from tests.snapshots.test_power_loss import History
-
-
-def grown(directory: Path, seed: int, steps: int = 40) -> Model:
-    """A replica with a random history."""
-    random, model = Random(seed), Model(directory)
-    for _ in range(steps):
-        first, count = random.choice(RANGES)
-        start = random.randrange(count)
-        length = random.randint(1, count - start)
-        kind = random.random()
-        if kind < 0.6:
-            model.write(first + start, [random.randrange(1 << 20) for _ in range(length)])
-        elif kind < 0.75:
-            model.zero(first + start, length)
-        elif kind < 0.9 and len(model.snapshots) < 6:
-            model.seal()
-        elif model.snapshots and kind < 0.95:
-            model.remove(random.choice(sorted(model.snapshots)))
-        else:
-            model.replica.flush()
-            model.replica.maintain()
-    return model
 
 
 def content_of(path: Path) -> list[bytes]:
