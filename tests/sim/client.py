@@ -120,6 +120,8 @@ class Client:
         daemon = volume.daemon
         if not volume.usable or daemon is None or len(self.under_way) >= UNDER_WAY_MAX:
             return
+        if daemon.stopping:
+            return  # it closes the connections of its clients
         dice = self.random.random()
         if dice < 0.03 and self.snapshots:
             self.read(volume, *self.range(), snapshot=self.random.choice(list(self.snapshots)))
