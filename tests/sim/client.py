@@ -118,11 +118,14 @@ class Client:
     def act(self, volume: VolumeProcess) -> None:
         """Ask for something; called in the name of the volume daemon's process."""
         daemon = volume.daemon
-        if not volume.usable or daemon is None or len(self.under_way) >= UNDER_WAY_MAX:
+        if not volume.usable or daemon is None or daemon.stopping:  # then it has no connections
             return
-        if daemon.stopping:
-            return  # it closes the connections of its clients
+        here = [request for request in self.under_way.values() if request.volume is volume]
+        if len(here) >= 2 * UNDER_WAY_MAX:
+            return
         dice = self.random.random()
+        if len(here) >= UNDER_WAY_MAX:
+            dice *= 0.45  # held changes must not keep it from reading
         if dice < 0.03 and self.snapshots:
             self.read(volume, *self.range(), snapshot=self.random.choice(list(self.snapshots)))
         elif dice < 0.45:
