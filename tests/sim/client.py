@@ -232,6 +232,8 @@ class Client:
         if error:
             self.failed += 1
             self.failed_in_peace += self.peaceful
+            for op in request.ops:
+                op.failed = self.kernel.now
             if request.kind == "read":
                 self.kernel.log("client", f"read of {request.offset} failed: {error}")
             return
