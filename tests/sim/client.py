@@ -118,9 +118,14 @@ class Client:
     def act(self, volume: VolumeProcess) -> None:
         """Ask for something; called in the name of the volume daemon's process."""
         daemon = volume.daemon
-        if not volume.usable or daemon is None or len(self.under_way) >= UNDER_WAY_MAX:
+        if not volume.usable or daemon is None or daemon.stopping:  # then it has no connections
+            return
+        here = [request for request in self.under_way.values() if request.volume is volume]
+        if len(here) >= 2 * UNDER_WAY_MAX:
             return
         dice = self.random.random()
+        if len(here) >= UNDER_WAY_MAX:
+            dice *= 0.45  # held changes must not keep it from reading
         if dice < 0.03 and self.snapshots:
             self.read(volume, *self.range(), snapshot=self.random.choice(list(self.snapshots)))
         elif dice < 0.45:
@@ -227,6 +232,8 @@ class Client:
         if error:
             self.failed += 1
             self.failed_in_peace += self.peaceful
+            for op in request.ops:
+                op.failed = self.kernel.now
             if request.kind == "read":
                 self.kernel.log("client", f"read of {request.offset} failed: {error}")
             return

@@ -15,6 +15,7 @@ from tests.sim.disk import flip_bit
 from tests.sim.kernel import Host, Process
 
 Link = tuple[str, str]
+SPLIT_SECONDS_MIN = 20.0  # a new owner waits 15 s for members, then until the lease is over
 
 KINDS = (
     "delay",
@@ -75,6 +76,7 @@ class Faults:
         self.count = 0
         self.kinds: dict[str, int] = {}
         self.over = False
+        self.lasts_until = 0.0  # something that takes its time, and should not be healed before
         self.victim: Member | None = None
         if any(kind in DAMAGE for kind in enabled):
             self.victim = self.random.choice(cluster.members)
@@ -367,6 +369,8 @@ class Faults:
         cluster = self.cluster
         if len(cluster.volumes) != 1 or not cluster.volumes[0].usable or len(cluster.members) < 2:
             return False
+        if self.lasts_until:
+            return False  # once in a run
         old = cluster.volumes[0].process.host
         new = next(host for host in cluster.hosts if host is not old)
         members = list(cluster.members)
@@ -376,7 +380,8 @@ class Faults:
         for number, member in enumerate(members):
             away = new if number < cut else old
             links += [(away.name, member.uuid), (member.uuid, away.name)]
-        seconds = 4.0 + self._seconds(5.0)
+        seconds = SPLIT_SECONDS_MIN + self._seconds(5.0)
+        self.lasts_until = self.kernel.now + seconds
         self._block(links, seconds)
         cluster.authority.away_for.add(old.name)
         self._after(seconds, lambda: cluster.authority.away_for.discard(old.name))

@@ -17,7 +17,8 @@ era begins with one of the values that the last one may have left, and the first
 - after a revert: any value that the block may have had while the snapshot was made.
 
 A value that was read but whose write was never answered may be gone after a restart: a member can
-show it, and be lost together with the volume daemon.
+show it, and be lost together with the volume daemon. In the same way a write that is answered with
+an error, because the last copy was lost, may have been read before and be gone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Op:
     ended: float = NEVER  # when it was answered well
     durable: float = NEVER  # when a flush that covers it was answered
     write: bool = False
+    failed: float = NEVER  # when a write was answered with an error
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Cluster:
     first_end: float = NEVER
     last_begin: float = 0.0
     era: int = 0
+    failed: float = NEVER
 
     def before(self, other: Cluster) -> bool:
         if self.era != other.era:
@@ -234,6 +237,7 @@ class _Judge:
         zero_reads = []
         for op in writes:
             cluster = Cluster(op.value, op.began, op.ended, op.durable, op.ended, era=number)
+            cluster.failed = op.failed
             if op.ended < NEVER:
                 cluster.last_begin = op.began
             clusters.append(cluster)
@@ -246,6 +250,8 @@ class _Judge:
             if found is not None:
                 if op.ended < found.began:
                     return clusters, f"{op.value} was read at {op.ended:.6f} before it was written"
+                if op.ended <= found.failed < NEVER:
+                    continue  # shown by a member that was lost before the write failed
                 found.first_end = min(found.first_end, op.ended)
                 found.last_begin = max(found.last_begin, op.began)
             elif op.value == 0 and some_zeros:

@@ -80,8 +80,8 @@ MUTATIONS = (
         "no read lease",
         4,
         "replication.lease",
-        "LEASE_SECONDS = 3.0",
-        "LEASE_SECONDS = 1e9",
+        "self.until, self.renew_at = oldest + LEASE_SECONDS, oldest + RENEW_SECONDS",
+        "self.until = self.renew_at = FOREVER",
     ),
     Mutation(
         "a new owner does not wait for the lease",

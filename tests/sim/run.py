@@ -30,6 +30,8 @@ from tests.sim.structure import StructureUser
 
 OPERATIONS = 520
 FAULTS_MIN = 5
+EAGER_SECONDS = 5e-4
+SLOW_SECONDS = 0.1
 TROUBLE_SECONDS = 300.0
 PEACE_SECONDS = 900.0  # a rebuild that failed eight times waits for minutes
 SIZE_BYTES = 20 << 20  # two zones, five regions
@@ -75,6 +77,7 @@ class Run:
         self.eras = [Era(0.0)]
         self.fault_seconds = random.choice((0.5, 1.0, 2.0, 4.0))
         self.client_seconds = self.fault_seconds * random.uniform(0.02, 0.04)  # between bursts
+        self.eager = random.random() < 0.5  # works harder while a member is being made equal
         self.structural = random.choice((0.0, 0.02, 0.1))  # changes of the tree per burst
         self.structure = StructureUser(self.cluster, self.client, self.eras)
         self.cluster.on_serves = self.structure.volume_serves
@@ -99,7 +102,16 @@ class Run:
             if self.random.random() < self.structural:
                 self.kernel.at(0.0, volume.process, lambda: self.structure.act(volume))
         seconds = self.random.expovariate(1.0 / self.client_seconds)
+        if self.kernel.now < self.faults.lasts_until:
+            seconds = max(seconds, SLOW_SECONDS)
+        elif self.eager and self.client.serial < OPERATIONS and self._copying():
+            seconds = min(seconds, self.random.expovariate(1.0 / EAGER_SECONDS))
         self.kernel.at(seconds, None, self._tick)
+
+    def _copying(self) -> bool:
+        """Is a member being made equal?"""
+        daemons = [volume.daemon for volume in self.cluster.volumes if volume.usable]
+        return any(daemon is not None and daemon.engine.rebuilds for daemon in daemons)
 
     def _strike(self) -> None:
         if not self.faults.over:
@@ -124,7 +136,11 @@ class Run:
         self._check_history()
 
     def _enough(self) -> bool:
-        return self.client.serial >= OPERATIONS and self.faults.count >= FAULTS_MIN
+        return (
+            self.client.serial >= OPERATIONS
+            and self.faults.count >= FAULTS_MIN
+            and self.kernel.now >= self.faults.lasts_until
+        )
 
     def _peace(self) -> None:
         self.faults.heal()
