@@ -85,7 +85,7 @@ class CopyJobs:
 
     def source(self, bad: list[Link]) -> Link | None:
         """The next member to read from; None if all of them have failed this job."""
-        sources = [link for link in self.rebuild.copy_sources() if link not in bad]
+        sources = [link for link in self.engine.readers if link not in bad]
         if not sources:
             return None
         self._turn += 1

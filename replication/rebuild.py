@@ -57,7 +57,6 @@ class Rebuild:
         self._attempt = 0  # what an earlier attempt asked for is ignored when it is answered
         self._fresh = False
         self._bad_sources: list[Link] = []
-        self._only_source: Link | None = None  # after members in sync were found to differ
         self._jobs: CopyJobs | None = None
         self._ended = False
 
@@ -194,9 +193,6 @@ class Rebuild:
                 if len(digests) < 2 or not self.is_current(attempt):
                     return
                 if digests[0] != digests[1]:
-                    # Members in sync may say the same zeros in two ways (an entry above nothing,
-                    # or none): copy from one of them only, then that one agrees.
-                    self._only_source = source
                     what = f"layer {layer_id}: {count} regions from {first} on differ"
                     self.start_over(attempt, StateError(what))
                 else:
@@ -287,16 +283,8 @@ class Rebuild:
         """Is this attempt the one that counts?"""
         return attempt == self._attempt and not self._ended
 
-    def copy_sources(self) -> list[Link]:
-        """Who may be copied from: all members in sync, or the one that is compared with."""
-        if self._only_source in self.engine.readers and self._only_source not in self._bad_sources:
-            return [self._only_source]
-        return self.engine.readers
-
     def _source(self) -> Link | None:
         """The member whose turn it is, or another one that has not failed."""
-        if self._only_source in self.engine.readers and self._only_source not in self._bad_sources:
-            return self._only_source
         reader = self.engine.reader
         if reader is None or reader not in self._bad_sources:
             return reader

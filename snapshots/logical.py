@@ -2,8 +2,9 @@
 
 A logical layer is a layer together with the removed layers below it that will be folded into it
 (chain.between). Members agree on logical layers block by block, but not on which file of the group
-holds a block. Each block of it is absent (look further down), zeros, or data. Where nothing lies
-below (`parent_id` 0), zeros count as absent; data that is all zeros counts as zeros.
+holds a block. Each block of it is absent (look further down), zeros, or data. Data that is all
+zeros counts as zeros, and zeros above nothing but zeros count as absent: a member that is being
+filled records a trim that others need not record.
 
 Everything here reads; `layer_read` and `layer_digests` may run in a thread: if layers changed
 meanwhile the result is thrown away (AGAIN).
@@ -21,7 +22,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
 from snapshots import chain
 from snapshots.datapath import ZERO_BLOCK, ZERO_CHECKSUM, DataPath
 from snapshots.layer import LayerFile
-from snapshots.masks import EMPTY_MAP, SLOT_RUNS, masks, run_length, runs
+from snapshots.masks import EMPTY_MAP, SLOT_RUNS, masks, resolve, run_length, runs
 from snapshots.metadata import LayerInfo
 from snapshots.readpath import AGAIN
 
@@ -30,6 +31,8 @@ ABSENT_DIGEST = bytes(DIGEST_BYTES)
 ZEROS_DIGEST = b"\1" + bytes(DIGEST_BYTES - 1)
 BAD_DIGEST = b"\xff" * DIGEST_BYTES  # the data does not match its checksum, or cannot be read
 REGION_RUNS_MAX = 1 << 16  # of one answer: 1 MiB of JSON at most
+
+_ZERO_ENTRY = ZERO_CHECKSUM.to_bytes(4, "little")
 
 _Data = tuple[int, int, LayerFile]  # first block, block count, the file that holds them
 
@@ -71,7 +74,8 @@ class Logical(DataPath):
             layer.read(block, length, target[used:end])
             used = end
         if ZERO_CHECKSUM in entries:
-            used = self._drop_zeros(entries, parent_id, target, used)
+            below = _Below(self, parent_id, first // BLOCKS_PER_REGION)
+            used = self._drop_zeros(entries, below, first, target, used)
         target[: 4 * count] = entries.tobytes()
         return used if self._undisturbed(layout) else AGAIN
 
@@ -85,8 +89,8 @@ class Logical(DataPath):
         """
         layout = self.layout
         entries, data_runs = self._compose(layer_id, parent_id, first, count)
-        zeros = ZEROS_DIGEST if parent_id else ABSENT_DIGEST
-        digests = [zeros if entry == ZEROS else ABSENT_DIGEST for entry in entries]
+        below = _Below(self, parent_id, first // BLOCKS_PER_REGION)
+        digests = [ZEROS_DIGEST if entry == ZEROS else ABSENT_DIGEST for entry in entries]
         for start, length, layer in data_runs:
             content = memoryview(bytearray(length * BLOCK_BYTES))
             if from_disk:
@@ -102,7 +106,8 @@ class Logical(DataPath):
                 if not readable or block_checksum(block) != entries[number]:
                     digests[number] = BAD_DIGEST
                 elif entries[number] == ZERO_CHECKSUM and block == ZERO_BLOCK:
-                    digests[number] = zeros
+                    bare = below.is_bare(first + number)
+                    digests[number] = ABSENT_DIGEST if bare else ZEROS_DIGEST
                 else:
                     digests[number] = blake2b(block, digest_size=DIGEST_BYTES).digest()
         return b"".join(digests) if self._undisturbed(layout) else b""
@@ -114,8 +119,8 @@ class Logical(DataPath):
             first = region * BLOCKS_PER_REGION
             entries, _ = self._compose(layer_id, parent_id, first, BLOCKS_PER_REGION)
             if ZERO_CHECKSUM in entries:
-                zeros = ZEROS if parent_id else ABSENT
-                entries = array("I", [zeros if e == ZERO_CHECKSUM else e for e in entries])
+                entries = array("I", [ZEROS if e == ZERO_CHECKSUM else e for e in entries])
+                _Below(self, parent_id, region).settle(entries, first)
             content = entries.tobytes()
             if content != EMPTY_MAP:
                 digest.update(region.to_bytes(8, "little") + content)
@@ -142,12 +147,14 @@ class Logical(DataPath):
             entries = array("I", [UNUSABLE if entry in (1, 2) else entry for entry in entries])
         by_slot = {layer.slot: layer for layer in layers}
         data_runs = list(_data_runs(entries, bytes(slots[start : start + count]), first, by_slot))
-        if not parent_id:
-            entries = array("I", [ABSENT if entry == ZEROS else entry for entry in entries])
+        if ZEROS in entries:
+            _Below(self, parent_id, region).settle(entries, first)
         return entries, data_runs
 
     @staticmethod
-    def _drop_zeros(entries: array[int], parent_id: int, target: memoryview, used: int) -> int:
+    def _drop_zeros(
+        entries: array[int], below: _Below, first: int, target: memoryview, used: int
+    ) -> int:
         """Take data that is all zeros out of what `layer_read` has read."""
         read_at = write_at = 4 * len(entries)
         for number, entry in enumerate(entries):
@@ -155,7 +162,7 @@ class Logical(DataPath):
                 continue
             block = target[read_at : read_at + BLOCK_BYTES]
             if entry == ZERO_CHECKSUM and block == ZERO_BLOCK:
-                entries[number] = ZEROS if parent_id else ABSENT
+                entries[number] = ABSENT if below.is_bare(first + number) else ZEROS
             else:
                 target[write_at : write_at + BLOCK_BYTES] = block
                 write_at += BLOCK_BYTES
@@ -174,6 +181,44 @@ class Logical(DataPath):
         if threading.get_ident() == self._owner_thread:
             return True
         return layout % 2 == 0 and self.layout == layout
+
+
+class _Below:
+    """What a logical layer lies on, in one region; looked up when it is asked for."""
+
+    def __init__(self, logical: Logical, parent_id: int, region: int) -> None:
+        self._logical = logical
+        self._parent_id = parent_id
+        self._region = region
+        self._layers: dict[int, LayerFile] = {}
+        self._slots: bytes | None = None
+
+    def settle(self, entries: array[int], first: int) -> None:
+        """Make zeros above nothing absent; `entries` are those of blocks from `first` on."""
+        at = -1
+        for _ in range(entries.count(ZEROS)):
+            at = entries.index(ZEROS, at + 1)
+            if self.is_bare(first + at):
+                entries[at] = ABSENT
+
+    def is_bare(self, block: int) -> bool:
+        """Does a block read as zeros there?"""
+        if not self._parent_id:
+            return True
+        if self._slots is None:
+            infos = chain.chain(self._logical.metadata.layers, self._parent_id)
+            self._layers = {info.slot: self._logical._handle(info.slot) for info in infos}
+            maps = [(slot, layer.map_block(self._region)) for slot, layer in self._layers.items()]
+            self._slots = resolve(maps)
+        slot = self._slots[block % BLOCKS_PER_REGION]
+        if not slot:
+            return True
+        layer = self._layers[slot]
+        if layer.map_block(self._region)[4 * (block % BLOCKS_PER_REGION) :][:4] != _ZERO_ENTRY:
+            return False
+        content = memoryview(bytearray(BLOCK_BYTES))
+        layer.read(block, 1, content)
+        return content == ZERO_BLOCK  # the checksum alone proves nothing
 
 
 def _fill_absent(entries: array[int], slots: bytearray, below: bytes, slot: int) -> None:
