@@ -206,6 +206,14 @@ class LayerFile:
         found, within = divmod(offset, REGION_STRIDE_BYTES)
         return min(stored, found + (within >= BLOCK_BYTES))
 
+    def is_allocated(self, region: int) -> bool:
+        """May anything of a region, map or data, be more than a hole? For regions not stored to."""
+        start = map_offset(region)
+        try:
+            return os.lseek(self.fd, start, os.SEEK_DATA) < start + REGION_STRIDE_BYTES
+        except OSError:  # ENXIO: only a hole is left
+            return False
+
     def regions(self) -> list[int]:
         """All regions whose map has at least one entry."""
         found = []

@@ -42,17 +42,34 @@ def masks(map_block: bytes) -> tuple[int, int]:
 
 def resolve(map_blocks: Iterable[tuple[int, bytes]]) -> bytes:
     """The slots of one region from (slot, map block) pairs, youngest layer first."""
-    open_blocks = EVERY_BLOCK
-    slots = 0
+    resolving = Resolving()
     for slot, map_block in map_blocks:
         if map_block == EMPTY_MAP:
             continue
-        present, data = masks(map_block)
-        slots |= data & open_blocks & _SLOT_MASKS[slot]
-        open_blocks &= ~present
-        if not open_blocks:
+        resolving.add(slot, map_block)
+        if not resolving.open_blocks:
             break
-    return slots.to_bytes(BLOCKS_PER_REGION, "little")
+    return resolving.slots()
+
+
+class Resolving:
+    """The slots of one region while the maps of its layers come in, youngest first."""
+
+    __slots__ = ("_slots", "open_blocks")
+
+    def __init__(self) -> None:
+        self.open_blocks = EVERY_BLOCK  # blocks that no layer so far has an entry for
+        self._slots = 0
+
+    def add(self, slot: int, map_block: bytes) -> None:
+        """The map of the next older layer."""
+        present, data = masks(map_block)
+        self._slots |= data & self.open_blocks & _SLOT_MASKS[slot]
+        self.open_blocks &= ~present
+
+    def slots(self) -> bytes:
+        """One byte per block."""
+        return self._slots.to_bytes(BLOCKS_PER_REGION, "little")
 
 
 def run_length(values: bytes, start: int) -> int:

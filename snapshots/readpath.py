@@ -363,9 +363,13 @@ class ReadPath(Store):
 
     def rebuild_index(self, region: int) -> None:
         """Store what `resolve_live` says; the zone's page is allocated."""
+        self.store_index(region, self.resolve_live(region))
+
+    def store_index(self, region: int, slots: bytes) -> None:
+        """Store which slots hold the blocks of a region; the zone's page is allocated."""
         start = region * BLOCKS_PER_REGION
         assert self._index_ready[region // REGIONS_PER_ZONE]
-        self._index[start : start + BLOCKS_PER_REGION] = self.resolve_live(region)
+        self._index[start : start + BLOCKS_PER_REGION] = slots
 
 
 def _differing(ours: bytes, theirs: bytes) -> bytes:

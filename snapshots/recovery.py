@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_right
 
 from protocol.checksum import ABSENT, ZEROS, block_checksum
 from protocol.errors import StorageError
@@ -33,9 +34,11 @@ from protocol.units import (
     REGION_BYTES,
     REGIONS_PER_ZONE,
 )
+from snapshots import chain
 from snapshots.datapath import DataPath
-from snapshots.masks import EVERY_BLOCK, masks, runs
+from snapshots.masks import EVERY_BLOCK, Resolving, masks, runs
 
+ZONES_AT_A_TIME = 1024  # 4096 regions, of which a few kilobytes each are kept
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
 
@@ -45,12 +48,15 @@ def recover(store: DataPath) -> None:
     if not zones:
         return
     buffer = memoryview(bytearray(REGION_BYTES))
-    for zone in zones:
-        store.index.make_writable(zone)
-        first = zone * REGIONS_PER_ZONE
-        for region in range(first, min(first + REGIONS_PER_ZONE, store.head.region_count)):
+    for start in range(0, len(zones), ZONES_AT_A_TIME):
+        regions: list[int] = []
+        for zone in zones[start : start + ZONES_AT_A_TIME]:
+            store.index.make_writable(zone)
+            first = zone * REGIONS_PER_ZONE
+            regions += range(first, min(first + REGIONS_PER_ZONE, store.head.region_count))
+        for region in regions:
             _recover_head_region(store, region, buffer)
-            store.rebuild_index(region)
+        _rebuild_index(store, regions)
     try:
         os.fdatasync(store.head.fd)
         store.marks.sync()
@@ -59,9 +65,30 @@ def recover(store: DataPath) -> None:
         raise StorageError(f"making the recovery of {store.path} durable: {error}") from error
 
 
+def _rebuild_index(store: DataPath, regions: list[int]) -> None:
+    """What `resolve_live` says of each region, layer by layer: few are open at a time, and where a
+    layer has nothing it is not looked at."""
+    resolving = {region: Resolving() for region in regions}
+    for info in chain.chain(store.metadata.layers, store.metadata.head_id):
+        layer, at = store.layer_file(info.id), 0
+        while at < len(regions):
+            region = layer.next_region(regions[at])
+            if region < 0:
+                break
+            if region in resolving:
+                resolving[region].add(info.slot, layer.map_block(region))
+            at = bisect_right(regions, region, at)
+    for region, found in resolving.items():
+        store.store_index(region, found.slots())
+
+
 def _recover_head_region(store: DataPath, region: int, buffer: memoryview) -> None:
     head = store.head
     first_block = region * BLOCKS_PER_REGION
+    if not head.is_allocated(region):
+        if store.layered:
+            _settle_marks(store, first_block, 0, 0)
+        return
     map_block = head.map_block(region)
     _, data = masks(map_block)
     entries = array("I", map_block)

@@ -18,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -30,13 +31,13 @@ from snapshots import chain, distrust
 from snapshots.dirty import COOL, DirtyLog
 from snapshots.flush import FlushJob, failed_error, remove_files
 from snapshots.index import Index
-from snapshots.layer import LayerFile, layer_path
+from snapshots.layer import LayerFile, file_bytes, layer_path
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.reserve import FULL_DISK
 from snapshots.syscalls import nowait_flag
 from snapshots.zeroed import ZeroedMarks, zeroed_path
 
-MAPPED_BYTES_MAX = 64 << 40  # half of the 128 TiB a process on x86-64 can address
+MAPPED_BYTES_MAX = 112 << 40  # of the 128 TiB a process on x86-64 can address
 FLUSHES_PER_INDEX_SYNC = 64  # an index sync costs a second fdatasync and only saves recovery work
 
 
@@ -134,12 +135,17 @@ class Store:
 
     def open_slot(self, slot: int) -> LayerFile:
         """Open the sealed layer in a slot and remember it."""
-        handle = self.open_private(slot)
-        mapped_bytes = sum(layer.mapped_bytes for layer in self._opened) + 2 * handle.mapped_bytes
-        while self._opened and mapped_bytes > MAPPED_BYTES_MAX:
-            oldest = self._opened.pop(0)
-            self.handles[oldest.slot] = None
-            mapped_bytes -= oldest.mapped_bytes
+        layer_bytes = file_bytes(self.size_bytes)
+        while self._opened and (len(self._opened) + 2) * layer_bytes > MAPPED_BYTES_MAX:
+            self.handles[self._opened.pop(0).slot] = None
+        while True:
+            try:
+                handle = self.open_private(slot)
+                break
+            except StorageError as error:  # addresses may be used up in other ways
+                if error.errno != errno.ENOMEM or not self._opened:
+                    raise
+                self.handles[self._opened.pop(0).slot] = None
         self._opened.append(handle)
         self.handles[slot] = handle
         return handle
