@@ -184,13 +184,13 @@ class LayerFile:
     def next_region(self, region: int) -> int:
         """The first region from `region` on whose map has an entry, or -1."""
         while region < self.region_count:
-            region = self._next_allocated(region)
+            region = self.next_allocated(region)
             if region < self.region_count and self.map_block(region) != EMPTY_MAP:
                 return region
             region += 1
         return -1
 
-    def _next_allocated(self, region: int) -> int:
+    def next_allocated(self, region: int) -> int:
         """The first region from `region` on whose map block may be anything but a hole.
 
         Regions this process has stored to count always: what lseek(2) says about stores that are

@@ -72,9 +72,7 @@ def _rebuild_index(store: DataPath, regions: list[int]) -> None:
     for info in chain.chain(store.metadata.layers, store.metadata.head_id):
         layer, at = store.layer_file(info.id), 0
         while at < len(regions):
-            region = layer.next_region(regions[at])
-            if region < 0:
-                break
+            region = layer.next_allocated(regions[at])
             if region in resolving:
                 resolving[region].add(info.slot, layer.map_block(region))
             at = bisect_right(regions, region, at)

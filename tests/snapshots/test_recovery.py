@@ -232,7 +232,7 @@ def test_recovery_reads_the_maps_of_dirty_zones_only(
     regions = count_maps_read(monkeypatch)
     model.replica = Replica.open(model.path)
     assert model.replica.recovered_zones == [1]
-    assert set(regions) == {4, 5, 6, 7}
+    assert {4, 5} <= set(regions) <= {4, 5, 6, 7}
 
 
 def test_idle_maintenance_clears_the_dirty_log(model: Model) -> None:
