@@ -155,7 +155,7 @@ class Run:
         self.kernel.run(lambda: False, 10.0)
         if self.client.under_way:
             raise Violation(f"{len(self.client.under_way)} requests were never answered")
-        if self.client.failed_in_peace and not self.faults.victim:
+        if self.client.failed_in_peace:
             raise Violation(f"{self.client.failed_in_peace} reads failed in peace")
         assert volume.daemon is not None
         self.cluster.reopening = False
