@@ -18,7 +18,7 @@ One change at a time; a rebuild excludes a revert, which drops a layer that is b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -303,19 +303,28 @@ def adopt_unrecorded(record: Record, described: Mapping[str, Any]) -> Record:
     if head_id == record.head_id:
         return record
     parents = {int(layer["id"]): int(layer["parent"]) for layer in described["layers"]}
-    known = {layer.id for layer in record.layers}
-    extra = [
-        LayerRecord(layer_id, parent, removed=True)
-        for layer_id, parent in parents.items()
-        if layer_id not in known and layer_id != head_id
-    ]
-    return replace(
+    record = replace(
         record,
-        layers=(*record.layers, *extra),
         head_id=head_id,
         head_parent=parents[head_id],
         next_layer_id=max(record.next_layer_id, head_id + 1),
     )
+    return with_unknown_layers(record, described["layers"])
+
+
+def with_unknown_layers(record: Record, layers: Iterable[Mapping[str, Any]]) -> Record:
+    """The record with layers of a member that it does not know, as removed ones.
+
+    They are left of a snapshot that did not happen. Another member may have removed and folded
+    its one already, when an owner died in between.
+    """
+    known = {record.head_id, *(layer.id for layer in record.layers)}
+    extra = [
+        LayerRecord(int(layer["id"]), int(layer["parent"]), removed=True)
+        for layer in layers
+        if int(layer["id"]) not in known
+    ]
+    return replace(record, layers=(*record.layers, *extra)) if extra else record
 
 
 def finish_revert(record: Record) -> Record:

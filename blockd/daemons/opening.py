@@ -37,7 +37,12 @@ from protocol.errors import (
 from replication.authority import IN_SYNC, OUT, Authority, Member, Record
 from replication.choosing import Choice, choose, is_stranger
 from replication.lease import TAKEOVER_SECONDS
-from replication.structure import adopt_unrecorded, drop_layers, finish_revert
+from replication.structure import (
+    adopt_unrecorded,
+    drop_layers,
+    finish_revert,
+    with_unknown_layers,
+)
 
 WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
 RETRY_SECONDS = 0.2
@@ -295,6 +300,8 @@ def _finish_structure(
                 promised[replica_uuid]["head_id"] = pending["new_head_id"]
         record = finish_revert(record)
     record = adopt_unrecorded(record, promised[equal[0]])
+    for replica_uuid in equal:
+        record = with_unknown_layers(record, promised[replica_uuid]["layers"])
     present: set[int] = set()
     for replica_uuid in equal:
         layers = {layer["id"]: layer for layer in promised[replica_uuid]["layers"]}
