@@ -53,10 +53,11 @@ class Volume:
             self.start_replica(number)
         self.start_volume()
 
-    def start_replica(self, number: int) -> None:
-        """One replica daemon."""
+    def start_replica(self, number: int, replica_uuid: str = "") -> None:
+        """One replica daemon; the uuid is that of a directory made anew."""
         words = ["replica", str(self.directory / f"r{number}"), "--listen", self._address(number)]
-        self._start(f"r{number}", [*words, "--create", "--size", self.size])
+        words += ["--create", "--size", self.size, "--replica-uuid", replica_uuid]
+        self._start(f"r{number}", words)
 
     def start_volume(self) -> None:
         """The volume daemon."""
@@ -230,10 +231,8 @@ def rebuild(volume: Volume, options: argparse.Namespace) -> None:
     for loaded in (False, True):
         shutil.rmtree(target)
         volume.log.write_text("")
-        uuid = next(m for m in volume.ask("status")["members"] if m["state"] != "IN_SYNC")
-        words = ["replica", str(target), "--listen", f"unix:{volume.directory}/r0.sock"]
-        words += ["--create", "--size", volume.size, "--replica-uuid", uuid["replica_uuid"]]
-        volume._start("r0", words)
+        lost = next(m for m in volume.ask("status")["members"] if m["state"] != "IN_SYNC")
+        volume.start_replica(0, lost["replica_uuid"])
         volume.until(lambda: "SYNCING" in volume.states(), "the rebuild has begun")
         begin = time.monotonic()
         during = _foreground(volume, 10) if loaded else None

@@ -22,7 +22,17 @@ PIECE_BLOCKS_MAX = PIECE_BYTES_MAX // BLOCK_BYTES
 ZERO_STEP_BYTES = 64 << 20  # one ZERO keeps a replica's loop busy for a few milliseconds
 
 
-class Gather:
+class NoData:
+    """Base of what asks for no data in a client's stead."""
+
+    def data(self, cookie: Any, chunks: Chunks) -> None:
+        raise AssertionError("no data was asked for")
+
+    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
+        raise AssertionError("no data was asked for")
+
+
+class Gather(NoData):
     """Stands in for a client while several pieces of its request are under way."""
 
     def __init__(self, engine: Engine, client: Client, cookie: Any, fua: bool = False) -> None:
@@ -43,12 +53,6 @@ class Gather:
             self._engine.flush(self._client, self._cookie)
         else:
             self._client.done(self._cookie, self._error)
-
-    def data(self, cookie: Any, chunks: Chunks) -> None:
-        raise AssertionError("writes return no data")
-
-    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
-        raise AssertionError("writes return no data")
 
     def extents(self, cookie: Any, runs: Sequence[tuple[int, bool]]) -> None:
         raise AssertionError("writes return no extents")

@@ -8,11 +8,13 @@ comparing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from protocol.errors import BlockdError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE
 from replication.trees import Tree
+from replication.walks import Question, ask_regions
 
 if TYPE_CHECKING:
     from replication.link import Link
@@ -43,13 +45,6 @@ class Plan:
         for first, count in runs:
             self.zones.update(range(int(first), int(first) + int(count)))
 
-    def _wanted(self, layer_id: int, region: int) -> bool:
-        return (
-            self.every_zone
-            or region // REGIONS_PER_ZONE in self.zones
-            or layer_id in self.all_zones_of
-        )
-
     def ask_regions(
         self,
         rebuild: Rebuild,
@@ -58,35 +53,26 @@ class Plan:
         failed: Callable[[BlockdError], None],
     ) -> None:
         """Ask source and member which regions each layer has, then `then()`."""
-        questions = [
-            (link, found, layer)
-            for layer in self.tree
-            for link, found in ((source, self._theirs), (rebuild.link, self._ours))
-        ]
-
-        def next_question(first: int = 0) -> None:
-            if not questions:
-                self._count()
-                then()
-                return
-            link, _, layer = questions[0]
-            content = {"do": "layer_regions", "layer_id": layer["id"], "parent_id": layer["parent"]}
-            rebuild.ask(link, {**content, "first": first}, answered, failed)
-
-        def answered(answer: dict[str, Any]) -> None:
-            _, found, layer = questions[0]
+        questions: list[Question] = []
+        for layer in self.tree:
             layer_id = int(layer["id"])
-            regions = found.setdefault(layer_id, set())
-            following = answer["next"]
-            for first, count in answer["regions"]:
-                for region in range(int(first), int(first) + int(count)):
-                    if self._wanted(layer_id, region):
-                        regions.add(region)
-            if following is None:
-                del questions[0]
-            next_question(0 if following is None else int(following))
+            for link, found in ((source, self._theirs), (rebuild.link, self._ours)):
+                regions = found.setdefault(layer_id, set())
+                questions.append((link, layer, partial(self._note, layer_id, regions)))
 
-        next_question()
+        def all_known() -> None:
+            self._count()
+            then()
+
+        ask_regions(rebuild.ask, questions, all_known, failed)
+
+    def _note(self, layer_id: int, regions: set[int], region: int) -> None:
+        if (
+            self.every_zone
+            or region // REGIONS_PER_ZONE in self.zones
+            or layer_id in self.all_zones_of
+        ):
+            regions.add(region)
 
     def regions(self, layer_id: int) -> list[int]:
         """The regions of a layer to look at."""
@@ -102,9 +88,14 @@ class Plan:
             layer_id, parent_id = int(layer["id"]), int(layer["parent"])
             for region in self.regions(layer_id):
                 compare = region in self._ours[layer_id]
-                start = region * BLOCKS_PER_REGION
-                for first in range(start, start + BLOCKS_PER_REGION, JOB_BLOCKS):
+                for first in job_starts(region):
                     yield layer_id, parent_id, first, JOB_BLOCKS, compare
+
+
+def job_starts(region: int) -> range:
+    """The first blocks of the jobs of a region, JOB_BLOCKS each."""
+    start = region * BLOCKS_PER_REGION
+    return range(start, start + BLOCKS_PER_REGION, JOB_BLOCKS)
 
 
 def check_jobs(plan: Plan) -> Iterator[tuple[int, int, int, int]]:

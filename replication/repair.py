@@ -63,11 +63,6 @@ class Repairs:
         self.failed = 0  # repairs that were not possible
         self.on_event: Callable[[str], None] = lambda message: None
 
-    @property
-    def idle(self) -> bool:
-        """Is nothing under way?"""
-        return self._running is None
-
     def damaged(
         self, link: Link, layer_id: int, first: int, count: int, done: Done | None = None
     ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
@@ -23,9 +24,9 @@ from protocol.units import BLOCKS_PER_REGION
 from replication.authority import IN_SYNC, Record
 from replication.copyjobs import BAD_DIGEST, DIGEST_BYTES
 from replication.pace import Pace
-from replication.plan import JOB_BLOCKS
+from replication.plan import JOB_BLOCKS, job_starts
 from replication.trees import Tree, logical_tree
-from replication.walks import ask
+from replication.walks import Answered, Failed, Question, ask, ask_regions
 
 if TYPE_CHECKING:
     from replication.engine import Engine
@@ -75,7 +76,7 @@ class Scrub:
         self._tree: Tree = []
         self._head_id = 0
         self._regions: dict[tuple[int, int], set[int]] = {}
-        self._jobs: Iterator[tuple[int, int]] = iter(())
+        self._jobs: Iterator[int] = iter(())
         self._differing: Counter[Link] = Counter()
 
     def start(self) -> None:
@@ -111,31 +112,23 @@ class Scrub:
             self._head_id = int(tree["head_id"])
             self._tree = logical_tree(tree["layers"], self._head_id)
             left = [layer for layer in self._tree if key_of(layer) not in self._verified]
-            questions = [(layer, link) for layer in left for link in readers]
             self._regions = {key_of(layer): set() for layer in left}
-            self._ask_regions(questions, 0)
+            questions: list[Question] = [
+                (link, layer, self._regions[key_of(layer)].add)
+                for layer in left
+                for link in readers
+            ]
+            ask_regions(self._ask, questions, self._listed, self._again)
 
-        ask(self.engine, readers[0], {"do": "tree"}, self._if_running(described), self._again)
+        self._ask(readers[0], {"do": "tree"}, described, self._again)
 
-    def _ask_regions(self, questions: list[tuple[dict[str, Any], Link]], first: int) -> None:
-        if not questions:
-            regions = sum(map(len, self._regions.values()))
-            self.report.total_blocks = self.report.checked_blocks + regions * BLOCKS_PER_REGION
-            self._next_layer()
-            return
-        layer, link = questions[0]
+    def _listed(self) -> None:
+        regions = sum(map(len, self._regions.values()))
+        self.report.total_blocks = self.report.checked_blocks + regions * BLOCKS_PER_REGION
+        self._next_layer()
 
-        def answered(answer: dict[str, Any]) -> None:
-            found = self._regions[key_of(layer)]
-            for start, count in answer["regions"]:
-                found.update(range(int(start), int(start) + int(count)))
-            following = answer["next"]
-            left = questions if following is not None else questions[1:]
-            self._ask_regions(left, int(following or 0))
-
-        content = {"do": "layer_regions", "layer_id": layer["id"], "parent_id": layer["parent"]}
-        content["first"] = first
-        ask(self.engine, link, content, self._if_running(answered), self._again)
+    def _ask(self, link: Link, content: dict[str, Any], then: Answered, failed: Failed) -> None:
+        ask(self.engine, link, content, self._if_running(then), failed)
 
     def _if_running(self, then: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(answer: Any) -> None:
@@ -160,7 +153,8 @@ class Scrub:
         if layer is None:
             self._end(None)
             return
-        self._jobs = _jobs(self._regions[key_of(layer)])
+        regions = sorted(self._regions[key_of(layer)])
+        self._jobs = chain.from_iterable(map(job_starts, regions))
         self._next_job(layer)
 
     def _next_job(self, layer: dict[str, Any]) -> None:
@@ -182,7 +176,7 @@ class Scrub:
             self.report.layers += 1
             self._next_layer()
         else:
-            _Job(self, layer, *job).start()
+            _Job(self, layer, job).start()
 
     def job_ended(self, layer: dict[str, Any], count: int) -> None:
         """The next one."""
@@ -250,12 +244,12 @@ class Scrub:
 class _Job:
     """The same blocks on all members."""
 
-    def __init__(self, scrub: Scrub, layer: dict[str, Any], first: int, count: int) -> None:
+    def __init__(self, scrub: Scrub, layer: dict[str, Any], first: int) -> None:
         self._scrub = scrub
         self._engine = scrub.engine
         self._layer = layer
         self._first = first
-        self._count = count
+        self._count = JOB_BLOCKS
         self._left = 0
         self._locked = False
         self._digests: dict[Link, bytes] = {}
@@ -378,10 +372,3 @@ class _Job:
 def key_of(layer: dict[str, Any]) -> tuple[int, int]:
     """A layer and what lies below it."""
     return int(layer["id"]), int(layer["parent"])
-
-
-def _jobs(regions: set[int]) -> Iterator[tuple[int, int]]:
-    for region in sorted(regions):
-        start = region * BLOCKS_PER_REGION
-        for first in range(start, start + BLOCKS_PER_REGION, JOB_BLOCKS):
-            yield first, JOB_BLOCKS

@@ -7,7 +7,7 @@ that the walk can slow down for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
@@ -16,6 +16,9 @@ from protocol.errors import BlockdError
 if TYPE_CHECKING:
     from replication.engine import Engine
     from replication.link import Link
+
+Answered = Callable[[dict[str, Any]], None]
+Failed = Callable[[BlockdError], None]
 
 
 class Walks:
@@ -48,12 +51,41 @@ def _ignore(argument: int, payload: memoryview | None, error: BlockdError | None
     """A member that cannot do it is lost or has no layers to fold."""
 
 
+Question = tuple["Link", Mapping[str, Any], Callable[[int], None]]
+"""a member, a layer of its tree, and what hears of each region in which the member has an entry"""
+
+
+def ask_regions(
+    ask: Callable[[Link, dict[str, Any], Answered, Failed], None],
+    questions: Sequence[Question],
+    then: Callable[[], None],
+    failed: Failed,
+    first: int = 0,
+) -> None:
+    """Ask members for the regions of layers, from region `first` on, one after the other."""
+    if not questions:
+        then()
+        return
+    link, layer, note = questions[0]
+
+    def answered(answer: dict[str, Any]) -> None:
+        for start, count in answer["regions"]:
+            for region in range(int(start), int(start) + int(count)):
+                note(region)
+        following = answer["next"]
+        left = questions if following is not None else questions[1:]
+        ask_regions(ask, left, then, failed, int(following or 0))
+
+    content = {"do": "layer_regions", "layer_id": layer["id"], "parent_id": layer["parent"]}
+    ask(link, {**content, "first": first}, answered, failed)
+
+
 def ask(
     engine: Engine,
     link: Link,
     content: dict[str, Any],
-    then: Callable[[dict[str, Any]], None],
-    failed: Callable[[BlockdError], None],
+    then: Answered,
+    failed: Failed,
 ) -> None:
     """A control request; `then(answer)` or `failed(error)`: an answer that makes no sense fails."""
 

@@ -160,10 +160,15 @@ def check_layers(path: str, metadata: Metadata) -> None:
         )
 
 
+def layer_files(path: str, layers: tuple[LayerInfo, ...], head_id: int) -> set[str]:
+    """The files of some layers, and the marks of the head."""
+    wanted = {layer_path(path, layer.id) for layer in layers}
+    return wanted | {zeroed_path(layer_path(path, head_id))}
+
+
 def remove_layers(path: str, keep: tuple[LayerInfo, ...], head_id: int = 0) -> None:
     """Remove files of layers that are not in the tree, and marks of all but the head."""
-    wanted = {layer_path(path, layer.id) for layer in keep}
-    wanted.add(zeroed_path(layer_path(path, head_id)))
+    wanted = layer_files(path, keep, head_id)
     directory = os.path.join(path, "layers")
     with contextlib.suppress(OSError):  # left over files cost space, nothing else
         for name in os.listdir(directory):

@@ -35,8 +35,8 @@ from snapshots.index import open_sized
 from snapshots.syscalls import storage_error
 
 CLEAN, COOL, HOT = 0, 1, 2
-_DIRTY = 1 << 31
-_STAMP = _DIRTY - 1
+DIRTY = 1 << 31
+_STAMP = DIRTY - 1
 _ZONES_PER_PAGE = BLOCK_BYTES // 8
 _MAGIC = b"blockdDL"
 _HEADER = struct.Struct("<8sQI")  # within one sector: old or new, never torn
@@ -91,12 +91,12 @@ class DirtyLog:
     def stamp(self, zone: int, dirty_stamp: int) -> int:
         """The stamp of a zone; of a dirty one at least `dirty_stamp`."""
         entry = self._entries[zone]
-        return max(entry & _STAMP, dirty_stamp) if entry & _DIRTY else entry & _STAMP
+        return max(entry & _STAMP, dirty_stamp) if entry & DIRTY else entry & _STAMP
 
     def page_checksum(self, zone: int) -> int:
         """The CRC32C that the index page of a clean zone must have; 0: not known."""
         entry = self._entries[zone]
-        return 0 if entry & _DIRTY else entry >> 32
+        return 0 if entry & DIRTY else entry >> 32
 
     def note_config(self, config_seq: int) -> None:
         """Remember a member configuration, durably, unless a newer one is known."""
@@ -114,7 +114,7 @@ class DirtyLog:
         clean = {zone: entries[zone] for zone in numbers if zones[zone] == CLEAN}
         if clean:
             for zone in clean:
-                entries[zone] |= _DIRTY
+                entries[zone] |= DIRTY
             try:
                 self._write_pages(clean, os.RWF_DSYNC)
             except OSError as error:

@@ -65,6 +65,8 @@ def rewrite(store: Store) -> None:
         for zone in zones:
             first = zone * REGIONS_PER_ZONE
             for region in range(first, min(first + REGIONS_PER_ZONE, layer.region_count)):
+                if not layer.is_allocated(region):
+                    continue  # never written: a map block has its space before its first entry
                 map_block = layer.map_block(region)
                 write_all(layer.fd, map_block, map_offset(region))
                 _, data = masks(map_block)

@@ -21,17 +21,16 @@ from protocol.checksum import ZEROS, block_checksum, crc32c
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
-from snapshots.dirty import CLEAN, dirty_bytes, header
+from snapshots.directory import layer_files
+from snapshots.dirty import CLEAN, DIRTY, dirty_bytes, header
 from snapshots.index import Index, index_bytes
-from snapshots.layer import LayerFile, layer_path
+from snapshots.layer import LayerFile
 from snapshots.masks import masks, resolve, runs
 from snapshots.metadata import LayerInfo
 from snapshots.offline import Damaged, OfflineReplica
 from snapshots.syscalls import storage_error, sync_directory, write_all
-from snapshots.zeroed import zeroed_path
 
 PROBLEMS_MAX = 1000  # listed; all are counted
-_DIRTY = 1 << 31
 
 Progress = Callable[[int, int], None]
 """layers looked at, layers in all"""
@@ -170,9 +169,8 @@ def expected_page(replica: OfflineReplica, zone: int) -> bytes:
 
 def _strangers(replica: OfflineReplica) -> list[str]:
     """Files among the layers that belong to none of them."""
-    wanted = {layer_path(replica.path, info.id) for info in replica.metadata.layers}
-    wanted.add(zeroed_path(layer_path(replica.path, replica.metadata.head_id)))
-    folder = os.path.join(replica.path, "layers")
+    metadata, folder = replica.metadata, os.path.join(replica.path, "layers")
+    wanted = layer_files(replica.path, metadata.layers, metadata.head_id)
     found = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
     return [path for path in found if path not in wanted]
 
@@ -200,12 +198,12 @@ def repair(replica: OfflineReplica, report: Report) -> None:
 
 def _new_dirty_log(replica: OfflineReplica) -> None:
     """Without checksums of index pages; if nothing is known of the zones, all are dirty."""
-    zones = array("Q", [_DIRTY]) * replica.zone_count
+    zones = array("Q", [DIRTY]) * replica.zone_count
     config_seq, old = replica.metadata.config_seq, replica.dirty
     if old is not None:
         config_seq = max(config_seq, old.config_seq)
         for zone, state in enumerate(old.zones):
-            zones[zone] = old.stamp(zone, 0) | (_DIRTY if state != CLEAN else 0)
+            zones[zone] = old.stamp(zone, 0) | (DIRTY if state != CLEAN else 0)
     content = header(config_seq) + zones.tobytes()
     length = dirty_bytes(replica.zone_count)
     _replace(os.path.join(replica.path, "dirty.log"), length, [(0, content.ljust(length, b"\0"))])

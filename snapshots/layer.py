@@ -27,6 +27,7 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Iterable
 
 from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
@@ -116,6 +117,12 @@ def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) ->
         )
 
 
+def next_region(layers: Iterable[LayerFile], region: int) -> int:
+    """The first region from `region` on in which one of some layers has an entry, or -1."""
+    found = [layer.next_region(region) for layer in layers]
+    return min((number for number in found if number >= 0), default=-1)
+
+
 class LayerFile:
     """An open layer. See the module text for who may touch what."""
 
@@ -168,8 +175,6 @@ class LayerFile:
 
     def map_block(self, region: int) -> bytes:
         """A copy of a region's 1024 map entries."""
-        if self.ready[region] == UNKNOWN:
-            self.warm(region)
         start = map_offset(region)
         if self.ready[region] == WRITABLE:
             return self.memory[start : start + BLOCK_BYTES]
@@ -179,6 +184,8 @@ class LayerFile:
             raise storage_error("reading the map of", self.path, error) from error
         if len(block) != BLOCK_BYTES:
             raise StorageError(f"layer {self.path} ends early at byte {start + len(block)}")
+        if self.ready[region] == UNKNOWN:
+            self.ready[region] = WARM
         return block
 
     def next_region(self, region: int) -> int:

@@ -21,7 +21,7 @@ from protocol.errors import RequestError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
 from snapshots import chain
 from snapshots.datapath import ZERO_BLOCK, ZERO_CHECKSUM, DataPath
-from snapshots.layer import LayerFile
+from snapshots.layer import LayerFile, next_region
 from snapshots.masks import EMPTY_MAP, SLOT_RUNS, masks, resolve, run_length, runs
 from snapshots.metadata import LayerInfo
 from snapshots.readpath import AGAIN
@@ -47,8 +47,7 @@ class Logical(DataPath):
         layers = [self._layer(info.id) for info in self._between(layer_id, parent_id)]
         found: list[tuple[int, int]] = []
         while True:
-            nexts = [layer.next_region(first_region) for layer in layers]
-            region = min((number for number in nexts if number >= 0), default=-1)
+            region = next_region(layers, first_region)
             if region < 0:
                 return found
             if found and sum(found[-1]) == region:

@@ -18,8 +18,8 @@ from protocol.errors import NotFoundError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES, REGIONS_PER_ZONE
 from snapshots import chain, directory
 from snapshots.dirty import CLEAN, DirtyLog
-from snapshots.layer import LayerFile, check_layer, layer_path
-from snapshots.masks import EMPTY_MAP
+from snapshots.layer import LayerFile, check_layer, layer_path, next_region
+from snapshots.masks import EMPTY_MAP, runs, span
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.zeroed import ZeroedMarks
 
@@ -112,25 +112,21 @@ class OfflineReplica:
     def regions(self, layer_id: int) -> Iterator[int]:
         """Regions in which a view may have data, in order."""
         layers = self.view(layer_id)
-        region = 0
-        while True:
-            found = [layer.next_region(region) for layer in layers]
-            region = min((number for number in found if number >= 0), default=-1)
-            if region < 0:
-                return
+        region = next_region(layers, 0)
+        while region >= 0:
             yield region
-            region += 1
+            region = next_region(layers, region + 1)
 
     def read_region(
         self, layer_id: int, region: int, target: memoryview
-    ) -> tuple[list[Damaged], bytearray]:
-        """One region as a view shows it: damaged blocks, and per block 1 if it has data.
+    ) -> tuple[list[Damaged], int]:
+        """One region as a view shows it: damaged blocks, and the mask of those that have data.
 
         `target` gets the data of blocks that have some; the bytes of others are left alone.
         """
         open_blocks = set(range(BLOCKS_PER_REGION))
         damaged: list[Damaged] = []
-        has_data = bytearray(BLOCKS_PER_REGION)
+        has_data = 0
         for layer in self.view(layer_id):
             content = layer.map_block(region)
             if content == EMPTY_MAP or not open_blocks:
@@ -149,10 +145,10 @@ class OfflineReplica:
                 if state == ABSENT:
                     continue
                 open_blocks.discard(number)
-                has_data[number] = state != ZEROS
                 if state < 0:
                     damaged.append((self._id_of(layer), block))
-                    has_data[number] = 0
+                elif state != ZEROS:
+                    has_data |= span(number, 1)
         return damaged, has_data
 
     def _read(self, layer: LayerFile, block: int, entry: int, data: memoryview) -> int:
@@ -197,7 +193,7 @@ def export(
                         "export another replica, or leave damaged blocks out"
                     )
                 all_damaged += damaged
-                for start, count in _runs(has_data):
+                for start, count in runs(has_data):
                     data = buffer[start * BLOCK_BYTES : (start + count) * BLOCK_BYTES]
                     offset = region * REGION_BYTES + start * BLOCK_BYTES
                     while data:
@@ -209,12 +205,3 @@ def export(
             os.unlink(target_path)
             raise
     return written, all_damaged
-
-
-def _runs(flags: bytearray) -> Iterator[tuple[int, int]]:
-    start = flags.find(1)
-    while start >= 0:
-        end = flags.find(0, start)
-        end = end if end >= 0 else len(flags)
-        yield start, end - start
-        start = flags.find(1, end)

@@ -137,7 +137,7 @@ class Store:
         """Open the sealed layer in a slot and remember it."""
         layer_bytes = file_bytes(self.size_bytes)
         while self._opened and (len(self._opened) + 2) * layer_bytes > MAPPED_BYTES_MAX:
-            self.handles[self._opened.pop(0).slot] = None
+            self._close_oldest()
         while True:
             try:
                 handle = self.open_private(slot)
@@ -145,10 +145,13 @@ class Store:
             except StorageError as error:  # addresses may be used up in other ways
                 if error.errno != errno.ENOMEM or not self._opened:
                     raise
-                self.handles[self._opened.pop(0).slot] = None
+                self._close_oldest()
         self._opened.append(handle)
         self.handles[slot] = handle
         return handle
+
+    def _close_oldest(self) -> None:
+        self.handles[self._opened.pop(0).slot] = None
 
     def open_private(self, slot: int) -> LayerFile:
         """Open the layer in a slot without remembering it; any thread."""

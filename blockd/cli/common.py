@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 
 from blockd.client import TOKEN_NAME, WAIT_SECONDS, WAIT_SECONDS_MAX, Client, Json
 from protocol.errors import BlockdError, NotFoundError, RequestError
-from protocol.units import NAME_PATTERN
+from protocol.units import NAME_PATTERN, REPLICAS_MAX
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -138,6 +138,39 @@ def snapshots_argument(function: Function) -> Function:
     return click.argument(
         "target", metavar="VOL@NAME", callback=parse, shell_complete=_complete_snapshots
     )(function)
+
+
+def replicas_option(function: Function) -> Function:
+    """Add `--replicas`, how many copies a new volume has."""
+    return click.option(
+        "--replicas",
+        type=click.IntRange(1, REPLICAS_MAX),
+        default=3,
+        show_default=True,
+        help="How many full copies to keep.",
+    )(function)
+
+
+def wait_options(
+    until: str, what: str, seconds: float
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add `--wait/--no-wait` and `--timeout` of a command that follows `what` until it `until`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        timeout = click.option(
+            "--timeout",
+            type=click.FloatRange(min=0),
+            default=seconds,
+            show_default=True,
+            metavar="SECONDS",
+            help=f"How long to wait (then: exit code 5); {what} goes on.",
+        )
+        wait = click.option(
+            "--wait/--no-wait", default=True, show_default=True, help=f"Wait until it {until}."
+        )
+        return wait(timeout(function))
+
+    return decorate
 
 
 def label_option(function: Function) -> Function:

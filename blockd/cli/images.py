@@ -25,6 +25,7 @@ from blockd.cli.common import (
     pass_settings,
     progress,
     refuse,
+    replicas_option,
     timeout_option,
 )
 from blockd.client import Client, Json
@@ -33,7 +34,6 @@ from protocol.errors import BlockdError, ConflictError, NotFoundError, StorageEr
 from protocol.units import (
     BLOCK_BYTES,
     NAME_PATTERN,
-    REPLICAS_MAX,
     SIZE_BYTES_MIN,
     check_name,
     check_size,
@@ -56,13 +56,7 @@ Examples:
 @click.argument("name", metavar="NAME")
 @click.argument("source", metavar="FILE|nbd://ADDRESS")
 @click.option("--size", metavar="SIZE", help="Larger than the image, such as 20G.")
-@click.option(
-    "--replicas",
-    type=click.IntRange(1, REPLICAS_MAX),
-    default=3,
-    show_default=True,
-    help="How many full copies to keep.",
-)
+@replicas_option
 @timeout_option
 @output_option
 @pass_settings

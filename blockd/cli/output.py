@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blockd.client import Json
+from protocol.units import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -238,7 +239,7 @@ def verify_table(view: Json) -> None:
     """What a verification found, in total and by replica."""
     report = view["verify"]
     facts = {
-        "checked": size_text(report["checked_blocks"] * 4096),
+        "checked": size_text(report["checked_blocks"] * BLOCK_BYTES),
         "layers": report["layers"],
         "bad blocks": report["bad_blocks"],
         "repaired": report["repaired_blocks"],
@@ -256,7 +257,7 @@ def check_table(report: Json) -> None:
         {
             "path": report["path"],
             "layers": report["layers"],
-            "checked": size_text(report["blocks"] * 4096),
+            "checked": size_text(report["blocks"] * BLOCK_BYTES),
             "closed cleanly": "no" if report["unclean"] else "yes",
             "dirty zones": report["dirty_zones"],
             "damage": report["damage_count"],

@@ -18,6 +18,7 @@ from blockd.cli.common import (
     replica_named,
     timeout_option,
     volume_named_vol,
+    wait_options,
     waiting,
 )
 from blockd.client import WAIT_SECONDS, Client, Json
@@ -105,15 +106,7 @@ Examples:
     metavar="ID",
     help="Only this one; the id or its beginning.  [default: all that are OUT]",
 )
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it is in sync.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=REBUILD_SECONDS,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait (then: exit code 5); the rebuild goes on.",
-)
+@wait_options("is in sync", "the rebuild", REBUILD_SECONDS)
 @output_option
 @pass_settings
 def rebuild(

@@ -19,8 +19,10 @@ from blockd.cli.common import (
     pass_settings,
     progress,
     refuse,
+    replicas_option,
     timeout_option,
     volume_argument,
+    wait_options,
     waiting,
     warn_unhealthy,
 )
@@ -80,13 +82,7 @@ Examples:
 @click.option(
     "--size", required=True, metavar="SIZE", help="Such as 512M, 10G, 1T; powers of 1024."
 )
-@click.option(
-    "--replicas",
-    type=click.IntRange(1, REPLICAS_MAX),
-    default=3,
-    show_default=True,
-    help="How many full copies to keep.",
-)
+@replicas_option
 @click.option(
     "--block-size",
     type=click.Choice(["4096", "512"]),
@@ -340,15 +336,7 @@ Examples:
 """
 )
 @volume_argument
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until it has ended.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=VERIFY_SECONDS,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait (then: exit code 5); the verification goes on.",
-)
+@wait_options("has ended", "the verification", VERIFY_SECONDS)
 @output_option
 @pass_settings
 def verify(settings: Settings, name: str, wait: bool, timeout: float, output: str) -> None:

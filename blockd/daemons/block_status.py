@@ -8,16 +8,16 @@ question to a member; the reply goes out when all are answered, context by conte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from protocol.errors import NotFoundError
 from protocol.nbd import constants as nbd
 from protocol.nbd import replies, requests
 from protocol.units import BLOCK_BYTES
+from replication.pieces import NoData
 
 if TYPE_CHECKING:
     from blockd.daemons.nbd_server import NbdConnection
-    from replication.answers import Chunks
     from replication.engine import Engine
     from replication.structure import Structure
 
@@ -25,7 +25,7 @@ CHANGED_CONTEXT = "blockd:changed:"
 CHANGED = 1  # status flag
 
 
-class BlockStatus:
+class BlockStatus(NoData):
     """One request; stands in for its connection as the engine's client."""
 
     def __init__(self, connection: NbdConnection, request: requests.Request) -> None:
@@ -79,12 +79,6 @@ class BlockStatus:
                 break
         self._found[context_id] = found
         self._one_less()
-
-    def data(self, cookie: Any, chunks: Chunks) -> None:
-        raise AssertionError("BLOCK_STATUS returns no data")
-
-    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
-        raise AssertionError("BLOCK_STATUS returns no data")
 
     def _one_less(self) -> None:
         self._left -= 1

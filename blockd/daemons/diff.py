@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons.control import Answer
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES
+from replication.pieces import NoData
 
 if TYPE_CHECKING:
-    from replication.answers import Chunks
     from replication.engine import Engine
 
 EXTENTS_MAX = 10_000  # of one answer, 300 KB of JSON; the caller asks for the rest
 
 
-class Diff:
+class Diff(NoData):
     """One answer: changed extents of layer `layer_id` next to `base_id`, from `offset` on."""
 
     def __init__(
@@ -60,9 +60,3 @@ class Diff:
     def done(self, cookie: Any, error: int) -> None:
         """No member could say it."""
         self._answer(StorageError(f"no replica in sync could compare: {os.strerror(error)}"))
-
-    def data(self, cookie: Any, chunks: Chunks) -> None:
-        raise AssertionError("a comparison returns no data")
-
-    def blocks(self, cookies: Sequence[Any], cells: memoryview) -> None:
-        raise AssertionError("a comparison returns no data")

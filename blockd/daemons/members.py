@@ -240,13 +240,7 @@ class Members:
         rebuild.start()
 
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        """Call something later and send what it has queued."""
-
-        def run() -> None:
-            call()
-            self._daemon.send_everything()
-
-        self._loop.later(seconds, run)
+        self._loop.later(seconds, self._daemon.sending(call))
 
     # ---- verifying ------------------------------------------------------------------------
 

@@ -155,6 +155,15 @@ class VolumeDaemon:
         self.send_to_members()
         return self.send_to_clients()
 
+    def sending(self, call: Callable[[], None]) -> Callable[[], None]:
+        """`call`, and then what it has queued is sent; for timers and posts."""
+
+        def run() -> None:
+            call()
+            self.send_everything()
+
+        return run
+
     def answers_waiting(self) -> bool:
         """Does any client still have unsent answers?"""
         for connection in self.connections:  # noqa: SIM110 - a generator costs more than the loop

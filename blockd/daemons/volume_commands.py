@@ -163,11 +163,7 @@ class VolumeCommands:
         offset = int(request["offset"])
 
         def post(call: Callable[[], None]) -> None:
-            def run() -> None:
-                call()
-                self._daemon.send_everything()
-
-            self._daemon.loop.post(run)
+            self._daemon.loop.post(self._daemon.sending(call))
 
         Diff(self._engine, base_id, layer_id, offset, answer, post).go_on()
 

@@ -43,8 +43,8 @@ class Daemon:
         """The whole command line."""
         return [sys.executable, "-m", "blockd", "daemon", *self.arguments]
 
-    def start(self) -> Daemon:
-        """Start it and wait for its ready line."""
+    def launch(self) -> None:
+        """Start it, and do not wait."""
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -53,6 +53,11 @@ class Daemon:
                 stderr=log,
                 text=True,
             )
+
+    def start(self) -> Daemon:
+        """Start it and wait for its ready line."""
+        self.launch()
+        assert self.process is not None
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("ready"), f"{self.arguments}: {self.log.read_text()}"

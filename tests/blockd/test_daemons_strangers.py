@@ -43,6 +43,14 @@ def fill(made: Cluster, content: bytes) -> None:
     client.close()
 
 
+def read_often(made: Cluster, content: bytes) -> None:
+    """More reads than one member gets in a row."""
+    client = NbdClient(made.nbd)
+    for _ in range(200):
+        assert client.read(0, BLOCK) == content
+    client.close()
+
+
 def check_each(made: Cluster, content: bytes) -> None:
     """Every member holds it, whoever is asked."""
     poll("all in sync", lambda: {m["state"] for m in made.status()["members"]} == {"IN_SYNC"})
@@ -78,10 +86,7 @@ def test_a_directory_made_anew_is_not_in_sync_when_the_volume_opens(
         make_anew(made, 0)
         made.replicas[0].start()
         made.volume.start()
-        client = NbdClient(made.nbd)
-        for _ in range(200):
-            assert client.read(0, BLOCK) == b"1" * BLOCK
-        client.close()
+        read_often(made, b"1" * BLOCK)
         check_each(made, b"1" * BLOCK)
 
 
@@ -111,10 +116,7 @@ def test_an_old_copy_is_not_in_sync_when_the_volume_opens(tmp_path: Path) -> Non
         made.replicas[0].end()
         put_back(made, copy)
         made.volume.start()
-        client = NbdClient(made.nbd)
-        for _ in range(200):
-            assert client.read(0, BLOCK) == b"2" * BLOCK
-        client.close()
+        read_often(made, b"2" * BLOCK)
         check_each(made, b"2" * BLOCK)
 
 

@@ -24,8 +24,8 @@ from unittest import mock
 from snapshots import metadata, syscalls
 from snapshots.layer import map_offset
 from snapshots.syscalls import FALLOC_FL_PUNCH_HOLE
+from tests.snapshots.disk import PAGE_BYTES, data_pages
 
-PAGE_BYTES = 4096
 _CALLS = ("open", "pwrite", "pwritev", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
 
 Page = bytes | None
@@ -339,18 +339,3 @@ class Recorder:
 
     def _lies(self, fd: int) -> bool:
         return bool(self.lying) and os.readlink(f"/proc/self/fd/{fd}").endswith(self.lying)
-
-
-def data_pages(fd: int) -> list[int]:
-    """The pages of a sparse file that are no hole."""
-    found: list[int] = []
-    end, position = os.fstat(fd).st_size, 0
-    while position < end:
-        try:
-            position = os.lseek(fd, position, os.SEEK_DATA) // PAGE_BYTES * PAGE_BYTES
-        except OSError:
-            break
-        hole = os.lseek(fd, position, os.SEEK_HOLE)
-        found += range(position // PAGE_BYTES, -(-hole // PAGE_BYTES))
-        position = -(-hole // PAGE_BYTES) * PAGE_BYTES
-    return found

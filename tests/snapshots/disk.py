@@ -27,23 +27,30 @@ ZERO = bytes(PAGE_BYTES)
 Pages = dict[int, bytes]
 
 
+def data_pages(fd: int) -> list[int]:
+    """The pages of a sparse file that are no hole."""
+    found: list[int] = []
+    end, position = os.fstat(fd).st_size, 0
+    while position < end:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA) // PAGE_BYTES * PAGE_BYTES
+        except OSError:
+            break
+        hole = os.lseek(fd, position, os.SEEK_HOLE)
+        found += range(position // PAGE_BYTES, -(-hole // PAGE_BYTES))
+        position = -(-hole // PAGE_BYTES) * PAGE_BYTES
+    return found
+
+
 def read_pages(path: str) -> Pages:
     """The pages of a sparse file that are not zeros."""
     found: Pages = {}
     fd = os.open(path, os.O_RDONLY)
     try:
-        end, position = os.fstat(fd).st_size, 0
-        while position < end:
-            try:
-                position = os.lseek(fd, position, os.SEEK_DATA) // PAGE_BYTES * PAGE_BYTES
-            except OSError:
-                break
-            hole = os.lseek(fd, position, os.SEEK_HOLE)
-            while position < hole:
-                page = os.pread(fd, PAGE_BYTES, position).ljust(PAGE_BYTES, b"\0")
-                if page != ZERO:
-                    found[position // PAGE_BYTES] = page
-                position += PAGE_BYTES
+        for number in data_pages(fd):
+            page = os.pread(fd, PAGE_BYTES, number * PAGE_BYTES).ljust(PAGE_BYTES, b"\0")
+            if page != ZERO:
+                found[number] = page
     finally:
         os.close(fd)
     return found

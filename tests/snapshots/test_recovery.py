@@ -198,13 +198,18 @@ def test_a_note_of_a_seal_that_is_durable_already_is_ignored(model: Model) -> No
 def count_maps_read(patch: pytest.MonkeyPatch) -> list[int]:
     """Regions whose maps are read from now on."""
     regions: list[int] = []
-    warm = LayerFile.warm
+    warm, map_block = LayerFile.warm, LayerFile.map_block
 
     def counting(self: LayerFile, region: int, flags: int = 0) -> bool:
         regions.append(region)
         return warm(self, region, flags)
 
+    def counting_blocks(self: LayerFile, region: int) -> bytes:
+        regions.append(region)
+        return map_block(self, region)
+
     patch.setattr(LayerFile, "warm", counting)
+    patch.setattr(LayerFile, "map_block", counting_blocks)
     return regions
 
 

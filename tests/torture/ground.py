@@ -54,17 +54,7 @@ def wait_for(what: str, probe: Callable[[], Any], seconds: float) -> Any:
 
 
 class Process(Daemon):
-    """A daemon that can be started without waiting for it, and stopped in the middle."""
-
-    def launch(self) -> None:
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+    """A daemon that is waited for after others have been started, and stopped in the middle."""
 
     def ready(self) -> None:
         """Wait for its ready line."""
