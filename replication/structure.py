@@ -7,8 +7,8 @@ writes queued after it are above. The order of durable steps:
 - snapshot: seal on all targets, flush all, then the record. A death before the record leaves a
   layer the record does not know; the next open removes it (its blocks stay readable below the
   head). A death after it: done.
-- delete: the record first (marked removed), then the members. The next open removes what a
-  member still has by name.
+- delete: the record first (marked removed), then the members. A member that did not do it (its
+  disk is full to the last byte, or it was away) is told again, by the next open at the latest.
 - revert: the record names the revert as pending, the members do it and flush, the record drops
   the mark. The next open, or the last member coming back (returning.py), finishes a pending one.
 
@@ -44,13 +44,15 @@ LABEL_CHARACTERS_MAX = 256
 LABELS_BYTES_MAX = 12 << 10  # of all labels of a snapshot as JSON: 254 times that fits, too
 
 
-def control_all(engine: Engine, content: dict[str, Any], done: Done) -> None:
-    """Send one control request to every target, at one point of the order.
+def control_all(
+    engine: Engine, content: dict[str, Any], done: Done, some: Iterable[Link] | None = None
+) -> None:
+    """Send one control request to every target (or to `some`), at one point of the order.
 
     If every member in sync refuses, `done(error)`: nothing changed (a PeerError: they were lost,
     and it may have happened). A target that did otherwise than those in sync fails.
     """
-    targets = list(engine.targets)
+    targets = list(engine.targets if some is None else some)
     results: dict[Link, BlockdError | None] = {}
     if not targets:
         done(StateError("no replica in sync is reachable; nothing was changed"))
@@ -175,12 +177,19 @@ class Structure:
             if error is not None:
                 done(error)
             else:
-                control_all(self._engine, {"do": "remove", "layer_id": layer.id}, done)
+                self._drop_layer(layer.id, lambda error: done(None))
 
         self._engine.ledger.change(change, recorded)
 
+    def _drop_layer(self, layer_id: int, done: Done, some: Iterable[Link] | None = None) -> None:
+        """Tell members of a deletion that is recorded. Who refuses is told again, see below."""
+        control_all(self._engine, {"do": "remove", "layer_id": layer_id}, done, some)
+
     def forget_folded(self) -> None:
-        """Drop the removed layers that no member has any more from the record."""
+        """Drop the removed layers that no member has any more from the record.
+
+        Members that still have one as if it was not removed are told again.
+        """
         if any(layer.removed for layer in self._engine.record.layers):
             self._engine.changes.take(self._forget_folded, lambda error: None)
 
@@ -189,33 +198,46 @@ class Structure:
         engine = self._engine
         targets = list(engine.targets)
         present: set[int] = set()
+        removed = {layer.id for layer in engine.record.layers if layer.removed}
+        untold: dict[int, list[Link]] = {}
         left = len(targets)
         if not targets or engine.rebuilds:
             done(None)
             return
 
-        def answered(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
-            nonlocal left
-            left -= 1
-            if error is not None:
-                present.update(layer.id for layer in engine.record.layers)
-            else:
-                layers = wire.json_content(payload)["layers"]
-                present.update(int(layer["id"]) for layer in layers)
-            if left:
-                return
-            gone = [
-                layer.id
-                for layer in engine.record.layers
-                if layer.removed and layer.id not in present
-            ]
-            if gone:
-                engine.ledger.change(lambda record: drop_layers(record, gone), done)
+        def tell_again(error: BlockdError | None) -> None:
+            if untold:
+                layer_id, links = untold.popitem()
+                self._drop_layer(layer_id, tell_again, links)
             else:
                 done(None)
 
+        def answered(link: Link, payload: memoryview | None, error: BlockdError | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                present.update(removed)
+            else:
+                for layer in wire.json_content(payload)["layers"]:
+                    present.add(int(layer["id"]))
+                    if int(layer["id"]) in removed and not layer["removed"]:
+                        untold.setdefault(int(layer["id"]), []).append(link)
+            if left:
+                return
+            gone = list(removed - present)
+            if gone:
+                engine.ledger.change(lambda record: drop_layers(record, gone), tell_again)
+            else:
+                tell_again(None)
+
+        def ask(link: Link) -> None:
+            def reply(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
+                answered(link, payload, error)
+
+            engine.call(link, wire.CONTROL, reply, content={"do": "tree"})
+
         for link in targets:
-            engine.call(link, wire.CONTROL, answered, content={"do": "tree"})
+            ask(link)
 
     # ---- revert ---------------------------------------------------------------------------
 

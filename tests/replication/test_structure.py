@@ -337,6 +337,28 @@ def test_folded_layers_leave_the_record() -> None:
     assert [(layer.id, layer.parent) for layer in record_of(world).layers] == [(2, 0)]
 
 
+def test_a_deletion_that_no_member_could_write_is_done_later() -> None:
+    world = World(2)
+    world.snapshot("one")
+    world.settle()
+    for replica in world.replicas.values():
+        replica.refuse_control["remove"] = StorageError("disk full", errno=errno.ENOSPC)
+    outcome = removed(world, "one")
+    world.settle()
+    assert outcome == [None]
+    assert [layer.removed for layer in record_of(world).layers] == [True]
+    world.structure.forget_folded()
+    world.settle()
+    assert len(world.engine.targets) == 2
+    for replica in world.replicas.values():
+        assert not replica.layers[1].removed
+        replica.refuse_control.clear()
+    world.structure.forget_folded()
+    world.settle()
+    assert all(replica.layers[1].removed for replica in world.replicas.values())
+    assert len(record_of(world).layers) == 1
+
+
 # ---- revert -----------------------------------------------------------------------------------
 
 
