@@ -79,7 +79,8 @@ class Lease:
     def renew(self) -> None:
         """Ask every member whether this session still counts."""
         now = self._engine.now()
-        self.renew_at = now + RENEW_SECONDS  # or when a confirmation comes
+        # Or when a confirmation comes; once the lease is over, every read has to look at it.
+        self.renew_at = min(now + RENEW_SECONDS, self.until)
         for link in self._members():
             if link.connected and link not in self._pinged_at:
                 self._pinged_at[link] = now

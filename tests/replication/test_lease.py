@@ -1,5 +1,5 @@
 """Proves when reads are answered: only while every member that may be IN_SYNC has confirmed this
-session within the lease (rule 10), so never by an owner that was replaced."""
+session within the lease (rule 4), so never by an owner that was replaced."""
 
 from __future__ import annotations
 
@@ -93,6 +93,8 @@ def test_an_owner_cut_off_from_one_member_stops_reading_from_the_other() -> None
     assert early.answered
     world.clock.advance(LEASE_SECONDS)
     late = world.read(0, BLOCK_BYTES)
+    world.read(0, BLOCK_BYTES)
+    assert not any(link.reads for link in world.engine.links.values()), "both wait"
     world.settle()
     assert not late.answered
     world.lose("r1")
