@@ -242,7 +242,12 @@ class Store:
         self._stable_config = max(self._stable_config, config_seq)
 
     def _stable_zones(self) -> dict[int, int]:
-        """Zones that can be cleared once the index is durable, and the flush that made them so."""
+        """Zones that can be cleared once the index is durable, and the flush that made them so.
+
+        None while the replica is incomplete: the next attempt to make it equal must compare them.
+        """
+        if not self.complete:
+            return {}
         zones, stable = self._zones, self._stable_flush
         return {
             zone: at

@@ -11,6 +11,8 @@ import pytest
 
 from protocol.units import BLOCK_BYTES
 from snapshots.replica import Replica
+from snapshots.store import FLUSHES_PER_INDEX_SYNC
+from tests.snapshots.equalize import tree_of
 from tests.snapshots.model import BLOCK_COUNT, REGION, ZONE, Model, kill
 
 
@@ -160,3 +162,26 @@ def test_the_dirty_log_of_a_large_volume_is_read_whole(tmp_path: Path) -> None:
     kill(replica)
     assert Replica.open(path).recovered_zones == zones
     assert last > BLOCK_COUNT
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_replica_keeps_its_own_dirty_zones_until_it_is_equal(model: Model, clean: bool) -> None:
+    """Others may not have what it wrote there; a first attempt may end before it has compared."""
+    model.write(ZONE, [1])
+    kill(model.replica)
+    replica = Replica.open(model.path)
+    replica.shared = True
+    head_id, tree = replica.metadata.head_id, tree_of(replica)
+    zones, _ = replica.begin_sync(tree, head_id, "v", "v", replica.size_bytes)
+    assert zones == [1]
+    for _ in range(FLUSHES_PER_INDEX_SYNC + 1):
+        replica.flush()
+        replica.stable(replica.flushes_done, 7)
+    if clean:
+        replica.close()
+    else:
+        kill(replica)
+    replica = Replica.open(model.path)
+    replica.shared = True
+    assert replica.begin_sync(tree, head_id, "v", "v", replica.size_bytes) == ([1], [])
+    replica.abandon()
