@@ -63,15 +63,19 @@ class Request:
 class Client:
     """One consumer with several requests under way."""
 
-    def __init__(self, cluster: Cluster, blocks: list[int], sector_blocks: list[int]) -> None:
+    def __init__(
+        self, cluster: Cluster, grounds: list[list[int]], sector_blocks: list[int]
+    ) -> None:
         self.cluster = cluster
         self.kernel = cluster.kernel
         self.random = cluster.kernel.random
-        self.used = blocks
-        self.all_used = set(blocks)
+        self.grounds = grounds
+        self.ground = grounds[0]  # the blocks it uses just now
+        self.used = [block for ground in grounds for block in ground]
+        self.all_used = set(self.used)
         self.sector_blocks = set(sector_blocks)
         self.registers: dict[int, Register] = {}  # by number of their first sector
-        for block in blocks:
+        for block in self.used:
             for sector in range(SECTORS if block in self.sector_blocks else 1):
                 place = block * SECTORS + sector
                 name = f"block {block}" + (f" sector {sector}" if sector or block in
@@ -139,8 +143,8 @@ class Client:
 
     def range(self) -> tuple[int, int]:
         """Offset and length; a few blocks are hot, some ranges are long."""
-        index = int(len(self.used) * self.random.random() ** 3)
-        block = self.used[index]
+        index = int(len(self.ground) * self.random.random() ** 3)
+        block = self.ground[index]
         if block in self.sector_blocks and self.random.random() < 0.7:
             first = self.random.randrange(SECTORS)
             count = self.random.randint(1, SECTORS - first)

@@ -16,6 +16,7 @@ from tests.sim.kernel import Host, Process
 
 Link = tuple[str, str]
 SPLIT_SECONDS_MIN = 20.0  # a new owner waits 15 s for members, then until the lease is over
+ABSENCE_SECONDS = 12.0  # the others are lost and made equal meanwhile, and members change
 
 KINDS = (
     "delay",
@@ -39,6 +40,7 @@ KINDS = (
     "kill_volume",
     "kill_all",
     "restart_member",
+    "long_absence",
     "stop_volume",
     "vanish_volume",
     "authority_away",
@@ -292,6 +294,15 @@ class Faults:
         self.kernel.at(0.0, process, member.stop)
         return True
 
+    def _long_absence(self) -> bool:
+        """A member is away while much happens to the others."""
+        if self.lasts_until or len(self.cluster.members) < 2:
+            return False  # once in a run
+        seconds = self._seconds(ABSENCE_SECONDS)
+        self.lasts_until = self.kernel.now + seconds
+        self._member().cut_power(self.random.choice((0.0, 0.5)), 0.0, seconds)
+        return True
+
     def _stop_volume(self) -> bool:
         volume = self._volume()
         if volume is None or not volume.usable or volume.daemon is None:
@@ -365,7 +376,10 @@ class Faults:
         return True
 
     def _split(self) -> bool:
-        """The owner and some members on one side; a new owner, the authority, others beyond."""
+        """The owner and some members on one side; a new owner, the authority, others beyond.
+
+        Some members may be reached from both sides.
+        """
         cluster = self.cluster
         if len(cluster.volumes) != 1 or not cluster.volumes[0].usable or len(cluster.members) < 2:
             return False
@@ -376,8 +390,11 @@ class Faults:
         members = list(cluster.members)
         self.random.shuffle(members)
         cut = self.random.randint(1, len(members) - 1)
+        between = self.random.choice((cut, self.random.randint(cut, len(members))))
         links: list[Link] = []
         for number, member in enumerate(members):
+            if cut <= number < between:
+                continue
             away = new if number < cut else old
             links += [(away.name, member.uuid), (member.uuid, away.name)]
         seconds = SPLIT_SECONDS_MIN + self._seconds(5.0)

@@ -23,6 +23,12 @@ class Mutation:
     old: str
     new: str
     more: tuple[tuple[str, str], ...] = ()  # further replacements in the same module
+    also: tuple[tuple[str, str, str], ...] = ()  # in other modules: module, old, new
+
+    def replacements(self, module: str) -> list[tuple[str, str]]:
+        """What is to be replaced in the text of a module."""
+        found = [(self.old, self.new), *self.more] if module == self.module else []
+        return found + [(old, new) for name, old, new in self.also if name == module]
 
 
 MUTATIONS = (
@@ -161,11 +167,12 @@ MUTATIONS = (
         "            equal.append(uuid)",
     ),
     Mutation(
-        "no range lock for rebuild copies",
+        "no range lock for rebuild copies, and no verification, which finds what that does",
         8,
         "replication.copyjobs",
         "if self._layer_id == plan.head_id:",
         "if False:",
+        also=(("replication.rebuild", "if digests[0] != digests[1]:", "if False:"),),
     ),
     Mutation(
         "writes do not wait for locked ranges",
@@ -283,7 +290,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         path = self.get_filename(fullname)
         text = self.get_data(path).decode()
         mutation = self.mutation
-        for old, new in ((mutation.old, mutation.new), *mutation.more):
+        for old, new in mutation.replacements(fullname):
             count = text.count(old)
             if count != 1:
                 raise SystemExit(f"mutation {mutation.name!r}: {old!r} is {count} times in {path}")
@@ -303,7 +310,7 @@ class _Finder:
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._mutation.module:
+        if not self._mutation.replacements(fullname):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         assert spec is not None

@@ -17,7 +17,7 @@ from random import Random
 
 from protocol.checksum import ZEROS, block_checksum
 from protocol.errors import BlockdError
-from protocol.units import BLOCK_BYTES
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, ZONE_BYTES
 from replication.authority import IN_SYNC
 from snapshots.replica import Replica
 from tests.sim.client import Client
@@ -34,7 +34,8 @@ EAGER_SECONDS = 5e-4
 SLOW_SECONDS = 0.1
 TROUBLE_SECONDS = 300.0
 PEACE_SECONDS = 900.0  # a rebuild that failed eight times waits for minutes
-SIZE_BYTES = 20 << 20  # two zones, five regions
+SIZE_BYTES = 100 << 20  # seven zones, 25 regions; the last zone has one
+WANDER_SECONDS = 1.5  # mean time in which a client that wanders uses one zone
 TRACE_SHOWN = 60
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
@@ -71,8 +72,8 @@ class Run:
         network.mean_delay = random.choice((5e-5, 2e-4, 2e-3))
         for host in (*self.cluster.hosts, *(m.host for m in self.cluster.members)):
             host.rate = random.uniform(0.98, 1.02)
-        blocks = _blocks(random)
-        self.client = Client(self.cluster, blocks, random.sample(blocks[:12], 3))
+        grounds = _grounds(random)
+        self.client = Client(self.cluster, grounds, random.sample(grounds[0][:12], 3))
         self.faults = Faults(self.cluster, self.client, _kinds(random, count))
         self.eras = [Era(0.0)]
         self.fault_seconds = random.choice((0.5, 1.0, 2.0, 4.0))
@@ -108,6 +109,11 @@ class Run:
             seconds = min(seconds, self.random.expovariate(1.0 / EAGER_SECONDS))
         self.kernel.at(seconds, None, self._tick)
 
+    def _wander(self) -> None:
+        """The client goes on elsewhere: what it leaves becomes clean, and stays as it is."""
+        self.client.ground = self.random.choice(self.client.grounds)
+        self.kernel.at(self.random.expovariate(1.0 / WANDER_SECONDS), None, self._wander)
+
     def _copying(self) -> bool:
         """Is a member being made equal?"""
         daemons = [volume.daemon for volume in self.cluster.volumes if volume.usable]
@@ -130,6 +136,8 @@ class Run:
             self.kernel.run(lambda: bool(self.cluster.volumes[0].usable), 60.0)
             self.kernel.at(0.0, None, self._tick)
             self.kernel.at(0.5, None, self._strike)
+            if len(self.client.grounds) > 1:
+                self.kernel.at(0.0, None, self._wander)
             self.kernel.run(self._enough, TROUBLE_SECONDS)
             self._peace()
             self._check_directories()
@@ -173,6 +181,9 @@ class Run:
         if record is None or len(cluster.volumes) != 1 or not cluster.volumes[0].usable:
             return False
         daemon = cluster.volumes[0].daemon
+        processes = [cluster.volumes[0].process, *(member.process for member in cluster.members)]
+        if any(process and process.stopped_until > self.kernel.now for process in processes):
+            return False  # somebody hangs, and nobody has noticed yet
         return (
             daemon is not None
             and not daemon.stopping
@@ -257,12 +268,19 @@ def _read(replica: Replica, block: int, layer_id: int) -> bytes | None:
     return data if block_checksum(data) == entry else None
 
 
-def _blocks(random: Random) -> list[int]:
-    """The blocks in use: around the borders of regions and zones, hot ones first."""
+def _grounds(random: Random) -> list[list[int]]:
+    """The blocks in use, hot ones first: around some borders, or some in each of the zones.
+
+    In a run that wanders between zones these have different histories.
+    """
+    if random.random() < 0.4:
+        zones = range(SIZE_BYTES // ZONE_BYTES + 1)
+        starts = [zone * BLOCKS_PER_ZONE + random.choice((0, 500)) for zone in zones]
+        return [random.sample(range(start, start + 12), 8) for start in starts]
     places = [range(24), range(1016, 1032), range(2040, 2056), range(4088, 4104)]
     chosen = [block for part in random.sample(places, 3) for block in part]
     random.shuffle(chosen)
-    return chosen[: random.choice((16, 32, 48))]
+    return [chosen[: random.choice((16, 32, 48))]]
 
 
 def _kinds(random: Random, members: int) -> list[str]:
