@@ -21,7 +21,7 @@ from protocol.checksum import ABSENT
 from protocol.errors import RequestError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE, check_size
 from snapshots import chain, directory
-from snapshots.layer import create_layer, layer_path
+from snapshots.layer import LayerFile, create_layer, layer_path
 from snapshots.logical import Logical
 from snapshots.masks import SLOT_RUNS, masks, runs
 from snapshots.merge import Merged, merge
@@ -144,11 +144,11 @@ class Copying(Logical):
 
     def layer_write(
         self, layer_id: int, parent_id: int, first: int, entries: memoryview, data: memoryview
-    ) -> None:
+    ) -> LayerFile:
         """Make blocks of one region of a logical layer what `layer_read` gave elsewhere.
 
         `entries` are u32, `data` that of the blocks whose entry is a checksum (checked by the
-        caller). Absent blocks are taken away, from the whole group of layers.
+        caller). Absent blocks are taken away, from the whole group of layers. Returns the layer.
         """
         self.check_open()
         if self.complete:
@@ -180,6 +180,7 @@ class Copying(Logical):
         for info in group[1:]:
             self._take_away(info, region, written & ~present)
         self.layers_changed()
+        return layer
 
     def _take_away(self, info: LayerInfo, region: int, mask: int) -> None:
         """Blocks that are absent from a group must not be in its removed layers either."""

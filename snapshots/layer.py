@@ -33,7 +33,7 @@ from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 from snapshots.masks import EMPTY_MAP
-from snapshots.syscalls import allocate, punch, storage_error, write_all
+from snapshots.syscalls import allocate, begin_writing_back, punch, storage_error, write_all
 
 assert sys.byteorder == "little", "maps are used as they lie in the file"
 
@@ -245,6 +245,10 @@ class LayerFile:
     def forget_cached(self, block: int, count: int) -> None:
         """Take blocks out of the page cache that are on the disk as they are there."""
         os.posix_fadvise(self.fd, block_offset(block), count * BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
+
+    def begin_writing_back(self, region: int) -> None:
+        """Let the disk begin with what was written to a region. Any thread; promises nothing."""
+        begin_writing_back(self.fd, map_offset(region), REGION_STRIDE_BYTES)
 
     def write(self, block: int, data: memoryview) -> None:
         """Write the data of blocks of one region; no map entry changes."""

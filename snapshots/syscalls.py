@@ -1,7 +1,8 @@
-"""The two file operations Python does not offer, and the errors of all others in one shape.
+"""The file operations Python does not offer, and the errors of all others in one shape.
 
 `allocate` makes sure that later stores into a memory-mapped range cannot run out of space (a full
-disk is an ENOSPC here, never a SIGBUS there). `punch` gives space back. Source: fallocate(2).
+disk is an ENOSPC here, never a SIGBUS there). `punch` gives space back. `begin_writing_back` lets
+the disk begin. Sources: fallocate(2), sync_file_range(2).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from protocol.units import BLOCK_BYTES
 
 FALLOC_FL_KEEP_SIZE = 1  # include/uapi/linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 2
+SYNC_FILE_RANGE_WRITE = 2  # include/uapi/linux/fs.h
 TMPFS_MAGIC = 0x01021994  # include/uapi/linux/magic.h
 _FILL_BYTES = 1 << 20  # where punching is not possible, zeros are written in pieces of this
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_sync_file_range = ctypes.CDLL(None).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _fstatfs.restype = ctypes.c_int
@@ -63,6 +67,11 @@ def punch(fd: int, offset: int, length: int) -> None:
             raise
         for start in range(offset, offset + length, _FILL_BYTES):
             write_all(fd, bytes(min(_FILL_BYTES, offset + length - start)), start)
+
+
+def begin_writing_back(fd: int, offset: int, length: int) -> None:
+    """Let the disk begin with what is in the page cache only. Says nothing about durability."""
+    _sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE)
 
 
 def write_all(fd: int, data: memoryview | bytes | bytearray, offset: int) -> None:

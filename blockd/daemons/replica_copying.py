@@ -7,6 +7,7 @@ the loop. What arrives is stored only if every block matches its checksum.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from blockd.daemons.flushing import as_storage_error
@@ -18,6 +19,7 @@ from snapshots.readpath import AGAIN
 
 if TYPE_CHECKING:
     from blockd.daemons.replica_service import ReplicaService
+    from snapshots.layer import LayerFile
 
 Done = Callable[[memoryview | None, BlockdError | None], None]
 Place = tuple[int, int, int, int]
@@ -30,6 +32,7 @@ class ReplicaCopying:
     def __init__(self, service: ReplicaService) -> None:
         self._loop = service.loop
         self._replica = service.replica
+        self._written: tuple[LayerFile | None, int] = (None, 0)  # layer and region of the last
 
     def read(self, place: Place, done: Done) -> None:
         """The payload of a LAYER_DATA about some blocks."""
@@ -67,7 +70,15 @@ class ReplicaCopying:
         """Store the payload of a LAYER_WRITE."""
         layer_id, parent_id, first, _ = place
         entries, data = self._checked(place, payload)
-        self._replica.layer_write(layer_id, parent_id, first, entries, data)
+        layer = self._replica.layer_write(layer_id, parent_id, first, entries, data)
+        self._write_back(layer, first // BLOCKS_PER_REGION)
+
+    def _write_back(self, layer: LayerFile, region: int) -> None:
+        """The disk begins with a region when the next one is written: the flush is short then."""
+        (last_layer, last), self._written = self._written, (layer, region)
+        if last_layer is not None and (last_layer, last) != (layer, region):
+            work = partial(last_layer.begin_writing_back, last)
+            self._loop.in_thread(work, lambda result, failure: None)
 
     def mend(self, place: Place, payload: memoryview | None) -> int:
         """Compare with the payload of a MEND and replace what is damaged; how many blocks."""
