@@ -137,9 +137,16 @@ class Client:
         elif dice < 0.85:
             self.write(volume, *self.range(), fua=self.random.random() < 0.08)
         elif dice < 0.92:
-            self.zero(volume, *self.range(), fua=self.random.random() < 0.1)
+            everything = len(self.grounds) > 1 and self.random.random() < 0.3
+            where = self.everything() if everything else self.range()
+            self.zero(volume, *where, fua=self.random.random() < 0.1)
         else:
             self.flush(volume)
+
+    def everything(self) -> tuple[int, int]:
+        """Offset and length of all blocks that it uses just now."""
+        first, last = min(self.ground), max(self.ground)
+        return first * BLOCK_BYTES, (last + 1 - first) * BLOCK_BYTES
 
     def range(self) -> tuple[int, int]:
         """Offset and length; a few blocks are hot, some ranges are long."""

@@ -87,6 +87,15 @@ class Member:
             self.cluster.kernel.log(self.uuid, "stopped cleanly")
             self.process.end()
 
+    def replace_disk(self) -> None:
+        """An empty directory in the place of the old one, for the same replica."""
+        self.kill()
+        self.path += "-new"
+        self.disk.free_pages = None
+        self.disk.failing_syncs = self.disk.failing_writes = 0
+        self.disk.slow_seconds = 0.0
+        Replica.create(self.path, size_bytes=self.cluster.size_bytes, replica_uuid=self.uuid)
+
     def kill(self) -> None:
         """kill -9."""
         if self.process is not None:

@@ -41,6 +41,7 @@ KINDS = (
     "kill_all",
     "restart_member",
     "long_absence",
+    "replaced_disk",
     "stop_volume",
     "vanish_volume",
     "authority_away",
@@ -78,6 +79,7 @@ class Faults:
         self.count = 0
         self.kinds: dict[str, int] = {}
         self.over = False
+        self.replaced = False  # a member has an empty disk
         self.lasts_until = 0.0  # something that takes its time, and should not be healed before
         self.victim: Member | None = None
         if any(kind in DAMAGE for kind in enabled):
@@ -301,6 +303,17 @@ class Faults:
         seconds = self._seconds(ABSENCE_SECONDS)
         self.lasts_until = self.kernel.now + seconds
         self._member().cut_power(self.random.choice((0.0, 0.5)), 0.0, seconds)
+        return True
+
+    def _replaced_disk(self) -> bool:
+        """A member comes back empty; once in a run, because the others must hold everything."""
+        member, record = self._member(), self.cluster.record
+        others = [other for other in self.cluster.in_sync() if other is not member]
+        if self.replaced or record is None or not others or not member.host.up:
+            return False
+        self.replaced = True
+        self.kernel.log("world", f"{member.uuid} gets an empty disk")
+        member.replace_disk()
         return True
 
     def _stop_volume(self) -> bool:
