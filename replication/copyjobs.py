@@ -8,6 +8,7 @@ comes behind it. A source that cannot read is passed over; if none can, the rebu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from replication.rebuild import Rebuild
 
 WINDOW = 4  # jobs under way: some are read while others are written; a few MiB of memory
+GENTLE_BLOCKS = 16  # of a job while there are users, one at a time: they wait behind 64 KiB
 DIGEST_BYTES = 16
 BAD_DIGEST = b"\xff" * DIGEST_BYTES
 
@@ -36,6 +38,7 @@ class CopyJobs:
         self.attempt = attempt
         self.engine = rebuild.engine
         self._jobs = jobs
+        self._parts: deque[Job] = deque()  # of a job that is done in parts
         self._finished = finished
         self._under_way = 0
         self._turn = 0
@@ -48,8 +51,8 @@ class CopyJobs:
         return self._over or not self.rebuild.is_current(self.attempt)
 
     def pump(self) -> None:
-        """Keep WINDOW jobs under way; when none is left, `finished()`."""
-        while not self.over and self._under_way < WINDOW and not self._waiting:
+        """Keep WINDOW jobs under way, one while there are users; after the last, `finished()`."""
+        while not self.over and self._under_way < self._window() and not self._waiting:
             seconds = self.rebuild.pace.wait_seconds()
             if seconds > 0:
                 self._waiting = True
@@ -58,9 +61,24 @@ class CopyJobs:
             if not self._next():
                 return
 
+    def _window(self) -> int:
+        return 1 if self.rebuild.pace.has_users else WINDOW
+
+    def _next_job(self) -> Job | None:
+        if self._parts:
+            return self._parts.popleft()
+        job = next(self._jobs, None)
+        if job is None or not self.rebuild.pace.has_users:
+            return job
+        layer_id, parent_id, first, count, compare = job
+        for start in range(first, first + count, GENTLE_BLOCKS):
+            part = min(GENTLE_BLOCKS, first + count - start)
+            self._parts.append((layer_id, parent_id, start, part, compare))
+        return self._parts.popleft()
+
     def _next(self) -> bool:
         """Start the next job; False: there is none."""
-        job = next(self._jobs, None)
+        job = self._next_job()
         if job is None:
             if not self._under_way:
                 self._over = True
@@ -73,7 +91,7 @@ class CopyJobs:
     def _go_on(self) -> None:
         """A pause is over: one job has waited for it, whatever the pace says by now."""
         self._waiting = False
-        if not self.over and self._under_way < WINDOW:
+        if not self.over and self._under_way < self._window():
             self._next()
         self.pump()
 

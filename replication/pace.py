@@ -13,7 +13,7 @@ from collections.abc import Callable
 LATENCY_FACTOR = 2.0
 FLOOR_SECONDS = 0.0005  # latencies below this are fine whatever the usual one is
 QUIET_SECONDS = 0.25  # without a request for so long there is no foreground
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.0005, 0.1
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.0005, 0.0125  # 64 KiB each: 5 MiB/s, however slow all is
 _USUAL_WEIGHT, _RECENT_WEIGHT = 0.1, 0.3
 
 Later = Callable[[float, Callable[[], None]], object]
@@ -72,6 +72,11 @@ class Pace:
         self._bytes_per_second = bytes_per_second
         self._free_at = 0.0  # when the cap lets more bytes through
         self._pause = 0.0
+
+    @property
+    def has_users(self) -> bool:
+        """Is there a foreground that may suffer?"""
+        return self._latency is not None and not self._latency.is_quiet
 
     def wait_seconds(self) -> float:
         """How long to wait before the next job."""

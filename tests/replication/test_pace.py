@@ -17,6 +17,7 @@ from replication.pace import (
     Latency,
     Pace,
 )
+from replication.plan import JOB_BLOCKS
 
 USUAL = 0.002
 
@@ -96,6 +97,43 @@ def test_time_unused_is_not_saved_up_under_a_cap() -> None:
     bench = Bench(10 << 20)
     bench.time += 100
     assert bench.run(10, USUAL) == pytest.approx(10 << 20, rel=0.05)
+
+
+@pytest.mark.parametrize("users", [True, False])
+def test_jobs_are_small_and_one_at_a_time_while_there_are_users(
+    users: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+    if not users:
+        bench.time += 2 * QUIET_SECONDS
+    copies: list[Any] = []
+
+    class Copy:
+        def __init__(self, jobs: copyjobs.CopyJobs, job: Any) -> None:
+            self.job = job
+
+        def start(self) -> None:
+            copies.append(self.job)
+
+    monkeypatch.setattr(copyjobs, "_Copy", Copy)
+    rebuild: Any = SimpleNamespace(
+        pace=bench.pace, engine=None, compared_bytes=0, is_current=lambda attempt: True
+    )
+    work = [(1, 0, first, JOB_BLOCKS - 1, True) for first in range(0, 8 * JOB_BLOCKS, JOB_BLOCKS)]
+    finished: list[bool] = []
+    jobs = copyjobs.CopyJobs(rebuild, 1, iter(work), lambda: finished.append(True))
+    jobs.pump()
+    assert len(copies) == (1 if users else copyjobs.WINDOW)
+    at = 0
+    while not finished:
+        assert len(copies) - at <= copyjobs.WINDOW
+        jobs.ended(copies[at][3])
+        at += 1
+    assert max(count for _, _, _, count, _ in copies) == (
+        copyjobs.GENTLE_BLOCKS if users else JOB_BLOCKS - 1
+    )
+    blocks = [n for _, _, first, count, _ in copies for n in range(first, first + count)]
+    assert blocks == [n for _, _, first, count, _ in work for n in range(first, first + count)]
 
 
 def test_jobs_are_done_one_after_each_pause_while_latencies_stay_high(
