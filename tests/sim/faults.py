@@ -64,6 +64,7 @@ MILD = (  # may happen to other members although the victim is damaged
     "authority_race",
     "authority_lost_answer",
 )
+ONCE = frozenset({"split", "long_absence", "replaced_disk"})  # at most once in a run
 ALL_KINDS = KINDS + DAMAGE
 
 

@@ -23,7 +23,7 @@ from snapshots.replica import Replica
 from tests.sim.client import Client
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.disk import Disks
-from tests.sim.faults import DAMAGE, KINDS, MILD, Faults
+from tests.sim.faults import DAMAGE, KINDS, MILD, ONCE, Faults
 from tests.sim.history import Era, Op
 from tests.sim.kernel import Kernel, Violation
 from tests.sim.structure import StructureUser
@@ -295,7 +295,11 @@ def _kinds(random: Random, members: int) -> list[str]:
     """Some of the kinds of fault; damage only where the rest leaves good copies."""
     if members > 1 and random.random() < 0.15:
         return [*DAMAGE, *random.sample(MILD, random.randint(2, len(MILD)))]
-    return random.sample(KINDS, random.choice((1, 3, 6, 12, len(KINDS))))
+    count = random.choice((1, 3, 6, 12, len(KINDS)))
+    while True:
+        kinds = random.sample(KINDS, count)
+        if not ONCE.issuperset(kinds):
+            return kinds
 
 
 def run_seed(seed: int) -> Result:
