@@ -79,19 +79,25 @@ class Session:
         """One request and its answer; a refusal is raised as the error it names."""
         try:
             self.socket.sendall(wire.json_frame(operation, 0, content))
-            head = self._receive(wire.HEADER_BYTES)
-            total = wire.needed(memoryview(head), 0, len(head))
-            wire.parse(head, memoryview(head), 0, len(head), [])
-            frames: list[wire.Frame] = []
-            message = head + self._receive(total - len(head))
-            wire.parse(message, memoryview(message), 0, len(message), frames)
+            answer, payload = self._message()
+            while answer == wire.BUSY:  # a flush on a slow disk: it says that it lives
+                answer, payload = self._message()
         except OSError as error:
             raise PeerError(f"the replica at {self.address} went away: {error}") from None
-        answer, _, _, _, _, _, payload = frames[0]
         content = wire.json_content(payload)
         if answer == wire.REFUSED:
             raise from_code(str(content.get("code")), str(content.get("message")))
         return content
+
+    def _message(self) -> tuple[int, memoryview | None]:
+        """Operation and payload of the next message."""
+        head = self._receive(wire.HEADER_BYTES)
+        total = wire.needed(memoryview(head), 0, len(head))
+        wire.parse(head, memoryview(head), 0, len(head), [])
+        frames: list[wire.Frame] = []
+        message = head + self._receive(total - len(head))
+        wire.parse(message, memoryview(message), 0, len(message), frames)
+        return frames[0][0], frames[0][6]
 
     def _receive(self, count: int) -> bytearray:
         data = bytearray(count)

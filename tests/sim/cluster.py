@@ -90,6 +90,7 @@ class Member:
     def replace_disk(self) -> None:
         """An empty directory in the place of the old one, for the same replica."""
         self.kill()
+        self.refused = ""
         self.path += "-new"
         self.disk.free_pages = None
         self.disk.failing_syncs = self.disk.failing_writes = 0
@@ -302,12 +303,16 @@ class Cluster:
         self.consumer_alive = False
 
     def look(self) -> None:
-        """Every second: replace what has failed for good."""
+        """Every second: replace what has failed for good, as its messages ask for."""
         for member in self.members:
             daemon = member.daemon
             if daemon is not None and daemon.service.replica.failed:
                 self.kernel.log("world", f"the daemon of {member.uuid} is replaced")
                 member.kill()
+            others = [other for other in self.in_sync() if other is not member]
+            if "rebuild this replica" in member.refused and others:
+                self.kernel.log("world", f"{member.uuid} is damaged beyond use and replaced")
+                member.replace_disk()
         for volume in list(self.volumes):
             self._look_at(volume)
         self.kernel.at(1.0, None, self.look)

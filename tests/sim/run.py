@@ -30,6 +30,7 @@ from tests.sim.structure import StructureUser
 
 OPERATIONS = 520
 FAULTS_MIN = 5
+FAULTS_MANY = 50  # from here on they become rarer: the client must get on
 EAGER_SECONDS = 5e-4
 SLOW_SECONDS = 0.1
 TROUBLE_SECONDS = 300.0
@@ -122,7 +123,8 @@ class Run:
     def _strike(self) -> None:
         if not self.faults.over:
             self.faults.strike()
-            self.kernel.at(self.random.expovariate(1.0 / self.fault_seconds), None, self._strike)
+            mean = self.fault_seconds * max(1.0, self.faults.count / FAULTS_MANY)
+            self.kernel.at(self.random.expovariate(1.0 / mean), None, self._strike)
 
     # ---- the phases ---------------------------------------------------------------------------
 
