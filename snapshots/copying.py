@@ -21,8 +21,8 @@ from protocol.checksum import ABSENT
 from protocol.errors import RequestError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE, check_size
 from snapshots import chain, directory
+from snapshots.growing import Growing
 from snapshots.layer import LayerFile, create_layer, layer_path
-from snapshots.logical import Logical
 from snapshots.masks import SLOT_RUNS, masks, runs
 from snapshots.merge import Merged, merge
 from snapshots.metadata import LayerInfo, Metadata, check_tree
@@ -30,7 +30,7 @@ from snapshots.syscalls import storage_error, sync_directory
 from snapshots.zeroed import zeroed_path
 
 
-class Copying(Logical):
+class Copying(Growing):
     """See the module text."""
 
     def begin_sync(
@@ -53,6 +53,7 @@ class Copying(Logical):
         check_size(size_bytes)
         if self._flushes_running:
             raise StateError("a flush is still running; repeat begin_sync after it")
+        self.grow(max(size_bytes, self.size_bytes))
         wanted = tuple(_layer_info(layer) for layer in tree)
         base = replace(
             self.metadata,
@@ -237,9 +238,6 @@ class Copying(Logical):
             self.commit(replace(self.metadata, complete=True, hollow=False))
             self.complete = True
             self._refresh_layered()
-
-    def content_replaced(self) -> None:
-        """Called when content was replaced from outside; for subclasses with state."""
 
 
 def _whole_region(entries: memoryview, start: int) -> bytes:

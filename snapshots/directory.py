@@ -18,7 +18,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, check_size
 from snapshots import distrust
 from snapshots.dirty import dirty_bytes, header
 from snapshots.index import index_bytes
-from snapshots.layer import check_layer, create_layer, layer_path
+from snapshots.layer import check_layer, create_layer, extend_layer, layer_path
 from snapshots.metadata import FILE_NAME, PENDING_NAME, LayerInfo, Metadata, MetadataFile
 from snapshots.reserve import Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
@@ -99,6 +99,33 @@ def make_files(path: str, metadata: Metadata) -> None:
         sync_file(name)
     sync_directory(os.path.join(path, "layers"))
     sync_directory(path)
+
+
+def extend_files(path: str, metadata: Metadata) -> None:
+    """Make all files long enough for the size in `metadata`, durably (not replica.json).
+
+    What is new in them reads as zeros. Stopped half way, or if replica.json is never written, the
+    files are longer than they need be, which does no harm.
+    """
+    block_count = metadata.size_bytes // BLOCK_BYTES
+    zone_count = -(-block_count // BLOCKS_PER_ZONE)
+    for layer in metadata.layers:
+        extend_layer(layer_path(path, layer.id), metadata.size_bytes)
+    for name, length, filled in (
+        ("index", index_bytes(block_count), False),
+        ("dirty.log", dirty_bytes(zone_count), True),
+    ):
+        fd = os.open(os.path.join(path, name), os.O_RDWR)
+        try:
+            there = os.fstat(fd).st_size
+            if there < length:
+                if filled:  # so that setting a bit can never run out of space
+                    write_all(fd, bytes(length - there), there)
+                else:
+                    os.ftruncate(fd, length)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _make_file(path: str, length: int, content: bytes) -> None:

@@ -2,7 +2,8 @@
 
 Byte layout (all little-endian, block = 4096 bytes, region = 1024 blocks):
 
-    0                      header, one block: magic, version, layer id, volume size, owner, CRC32C
+    0                      header, one block: magic, version, layer id, size of the volume when the
+                           layer was made, owner, CRC32C
     4096 + r * 1025 * 4096 map block of region r: 1024 u32, one per block
     ... + 4096             the 4 MiB of data of region r
 
@@ -93,8 +94,22 @@ def create_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -
         raise storage_error("creating layer", path, error) from error
 
 
+def extend_layer(path: str, size_bytes: int) -> None:
+    """Make a layer file long enough for a larger volume; durable on return."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        if os.fstat(fd).st_size < file_bytes(size_bytes):
+            os.ftruncate(fd, file_bytes(size_bytes))
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
-    """Refuse a layer file that is missing, of the wrong length or of someone else."""
+    """Refuse a layer file that is missing, too short or of someone else.
+
+    It may be longer than `size_bytes` needs: growing stopped half way.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             header = file.read(BLOCK_BYTES)
@@ -105,12 +120,13 @@ def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) ->
         ) from error
     except OSError as error:
         raise storage_error("opening layer", path, error) from error
-    if length != file_bytes(size_bytes):
+    if length < file_bytes(size_bytes) or (length - BLOCK_BYTES) % REGION_STRIDE_BYTES:
         raise StorageError(
             f"layer file {path} is {length} bytes long, expected {file_bytes(size_bytes)}; "
             "rebuild this replica from another"
         )
-    if header != _header(layer_id, size_bytes, replica_uuid):
+    made_bytes = _HEADER.unpack_from(header)[3]
+    if header != _header(layer_id, made_bytes, replica_uuid) or made_bytes > size_bytes:
         raise StorageError(
             f"layer file {path} has a damaged header or belongs to another replica or layer "
             f"(expected layer {layer_id}, format {FORMAT_VERSION}); rebuild this replica"
@@ -134,8 +150,7 @@ class LayerFile:
         self.fd = -1
         try:
             self.fd = os.open(path, os.O_RDWR)
-            self.mapped_bytes = os.fstat(self.fd).st_size
-            assert self.mapped_bytes == file_bytes(size_bytes), path
+            self.mapped_bytes = file_bytes(size_bytes)
             self.memory = mmap.mmap(self.fd, self.mapped_bytes)
             self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
         except OSError as error:

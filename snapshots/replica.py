@@ -9,8 +9,8 @@ and `FlushJob.run` may run in another thread.
 What is durable when: `write` and `zero` after the next flush; `seal` after the next flush (a power
 cut before it goes back to the state at the seal, minus unflushed writes, with the old head; a kill
 of the process undoes nothing);
-`name_layer`, `remove`, `revert`, `promise`, `store_config`, `bind`, `begin_sync` and `end_sync` on
-return. Layer ids are never used twice in a volume.
+`name_layer`, `remove`, `revert`, `grow`, `promise`, `store_config`, `bind`, `begin_sync` and
+`end_sync` on return. Layer ids are never used twice in a volume.
 """
 
 from __future__ import annotations

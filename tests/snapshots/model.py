@@ -96,6 +96,17 @@ class Model:
         self.next_id += 1
         self.live = dict(self.snapshots[layer_id])
 
+    def grow(self, more_blocks: int) -> None:
+        """The volume gets longer; what is new reads as zeros, also where nothing looks later."""
+        before = self.replica.block_count
+        self.replica.grow((before + more_blocks) * BLOCK_BYTES)
+        assert self.replica.block_count == before + more_blocks
+        for first in (before, before + more_blocks - 1):
+            assert read_blocks(self.replica, first, 1) == [ZERO]
+            write(self.replica, first, [first])
+            assert read_blocks(self.replica, first, 1) == [fill(first)]
+            self.replica.zero(first, 1)
+
     def reopen(self) -> None:
         self.replica.close()
         self.replica = Replica.open(self.path)

@@ -48,6 +48,10 @@ class Histories(RuleBasedStateMachine):
     def zero(self, place: tuple[int, int], keep: bool) -> None:
         self.model.zero(*place, keep_allocated=keep)
 
+    @rule(more=st.integers(1, 9000))
+    def grow(self, more: int) -> None:
+        self.model.grow(more)
+
     @rule()
     def zero_everything(self) -> None:
         self.model.zero(0, BLOCK_COUNT)

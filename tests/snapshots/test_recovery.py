@@ -348,6 +348,13 @@ def scenario_revert(replica: Replica) -> None:
     replica.flush()
 
 
+def scenario_grow(replica: Replica) -> None:
+    replica.grow(SIZE_BYTES + (100 << 20))
+    write_numbers(replica, BASE + 2, [302])
+    write_numbers(replica, BLOCK_COUNT + 5, [303])
+    replica.flush()
+
+
 def scenario_close(replica: Replica) -> None:
     write_numbers(replica, BASE + 2, [302])
     replica.close()
@@ -361,6 +368,7 @@ SCENARIOS: list[tuple[Callable[[Replica], None], list[int]]] = [
     (scenario_seal, [100, 101, 302, 203, 104, 105, 106, 107]),
     (scenario_remove, LIVE),
     (scenario_revert, SNAPSHOT),
+    (scenario_grow, [100, 101, 302, 203, 104, 105, 106, 107]),
     (scenario_close, [100, 101, 302, 203, 104, 105, 106, 107]),
 ]
 

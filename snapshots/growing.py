@@ -1,0 +1,52 @@
+"""A larger volume: longer files, then the new size in replica.json, then everything opened anew.
+
+What is new reads as zeros. A crash before replica.json is written leaves longer files with the old
+size, which is fine; after it the new size. Nothing that is stored is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from protocol.errors import RequestError, StateError, StorageError
+from protocol.units import check_size
+from snapshots import directory
+from snapshots.logical import Logical
+from snapshots.syscalls import storage_error
+
+
+class Growing(Logical):
+    """See the module text."""
+
+    def grow(self, size_bytes: int) -> None:
+        """Become `size_bytes` long, durably on return; nothing happens if it is so already."""
+        self.check_open()
+        if size_bytes == self.size_bytes:
+            return
+        check_size(size_bytes)
+        if size_bytes < self.size_bytes:
+            raise RequestError(
+                f"replica {self.path} has {self.size_bytes} bytes and cannot shrink to "
+                f"{size_bytes}; choose a larger size"
+            )
+        if self._flushes_running:
+            raise StateError("a flush is still running; repeat grow after it")
+        self.flush()  # nothing is pending then that the tables made anew would not know of
+        target = replace(self.metadata, size_bytes=size_bytes)
+        try:
+            directory.extend_files(self.path, target)
+        except OSError as error:
+            raise storage_error("extending replica", self.path, error) from error
+        self.commit(target)
+        clearable, condemned = self._clearable, self._condemned
+        try:
+            with self.changing():
+                self._load(target)
+        except StorageError:
+            self.failed = True
+            raise
+        self._clearable, self._condemned = clearable, condemned
+        self.content_replaced()
+
+    def content_replaced(self) -> None:
+        """Called when content was replaced from outside, or its tables were made anew."""
