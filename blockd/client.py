@@ -122,6 +122,10 @@ class Client:
         """Change how the replicas of a volume are kept."""
         return _object(self._call("PATCH", f"{_volume_path(name)}/settings", body=changes))
 
+    def resize(self, name: str, size_bytes: int, *, wait: float = WAIT_SECONDS) -> Json:
+        """Make a volume larger."""
+        return self._volume_post(name, "resize", {"size_bytes": size_bytes}, wait)
+
     def attach(self, name: str, frontend: str, *, wait: float = WAIT_SECONDS) -> Json:
         """Attach a volume through a front end."""
         return self._volume_post(name, "attach", {"frontend": frontend}, wait)

@@ -1,4 +1,4 @@
-"""Changes of the layer tree: snapshot, delete, revert; the same on every member or not at all.
+"""Changes of the layer tree and of the size: the same on every member or not at all.
 
 A change travels in the links' queues like a write, so it stands at the same point of the order on
 every member without stopping the requests around it: writes queued before it are below the seal,
@@ -9,6 +9,8 @@ writes queued after it are above. The order of durable steps:
   head). A death after it: done.
 - delete: the record first (marked removed), then the members. A member that did not do it (its
   disk is full to the last byte, or it was away) is told again, by the next open at the latest.
+- grow: the members first, durably, then the record. A death in between leaves members that are
+  larger than the volume, which does no harm.
 - revert: the record names the revert as pending, the members do it and flush, the record drops
   the mark. The next open, or the last member coming back (returning.py), finishes a pending one.
 
@@ -31,7 +33,8 @@ from protocol.errors import (
     RequestError,
     StateError,
 )
-from protocol.units import SNAPSHOTS_MAX, check_name
+from protocol.units import SNAPSHOTS_MAX, check_name, check_size
+from replication import membership
 from replication.authority import IN_SYNC, LayerRecord, Record
 from replication.turns import Done
 
@@ -278,6 +281,45 @@ class Structure:
         engine.ledger.change(
             lambda record: replace(record, pending=intent, next_layer_id=new_head + 1), recorded
         )
+
+    # ---- grow -----------------------------------------------------------------------------
+
+    def grow(self, size_bytes: int, done: Done) -> None:
+        """Make the volume `size_bytes` long; what is new reads as zeros."""
+        check_size(size_bytes)
+        self._engine.changes.take(lambda end: self._grow(size_bytes, end), done)
+
+    def _grow(self, size_bytes: int, done: Done) -> None:
+        engine = self._engine
+        name, before = engine.record.volume_name, engine.record.size_bytes
+        if size_bytes < before:
+            raise RequestError(
+                f"volume {name} has {before} bytes and cannot shrink to {size_bytes}; choose a "
+                "larger size, or copy what you need to a smaller volume"
+            )
+        if size_bytes == before:
+            done(None)
+            return
+        self._refuse_during_rebuild("change the size")
+        self._refuse_when_full("change the size")
+
+        def change(record: Record) -> Record:
+            # The members note the configuration: an older record would hide the new part.
+            return replace(record, size_bytes=size_bytes, config_seq=record.config_seq + 1)
+
+        def recorded(error: BlockdError | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                membership.tell_config(engine, lambda: done(None))
+
+        def grown(error: BlockdError | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                engine.ledger.change(change, recorded)
+
+        control_all(engine, {"do": "grow", "size_bytes": size_bytes}, grown)
 
     # ---- common ---------------------------------------------------------------------------
 

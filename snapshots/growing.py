@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from protocol.errors import RequestError, StateError, StorageError
+from protocol.errors import StateError, StorageError
 from protocol.units import check_size
 from snapshots import directory
 from snapshots.logical import Logical
@@ -19,16 +19,14 @@ class Growing(Logical):
     """See the module text."""
 
     def grow(self, size_bytes: int) -> None:
-        """Become `size_bytes` long, durably on return; nothing happens if it is so already."""
+        """Become at least `size_bytes` long, durably on return.
+
+        A replica may be larger than its volume: its owner died while they were growing.
+        """
         self.check_open()
-        if size_bytes == self.size_bytes:
-            return
         check_size(size_bytes)
-        if size_bytes < self.size_bytes:
-            raise RequestError(
-                f"replica {self.path} has {self.size_bytes} bytes and cannot shrink to "
-                f"{size_bytes}; choose a larger size"
-            )
+        if size_bytes <= self.size_bytes:
+            return
         if self._flushes_running:
             raise StateError("a flush is still running; repeat grow after it")
         self.flush()  # nothing is pending then that the tables made anew would not know of

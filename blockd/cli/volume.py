@@ -169,6 +169,33 @@ def _kept(
 
 
 @volume.command(
+    epilog="""\b
+Examples:
+  blockd volume resize data 200G
+"""
+)
+@volume_argument
+@click.argument("size")
+@timeout_option
+@output_option
+@pass_settings
+def resize(settings: Settings, name: str, size: str, timeout: float, output: str) -> None:
+    """Make a volume larger while it is in use; it cannot shrink.
+
+    It takes no space until it is written to. Afterwards grow the file system on it: resize2fs for
+    ext4, xfs_growfs for XFS.
+    """
+    with settings.client() as client, waiting(f"resizing volume {name}"):
+        resized = client.resize(name, parse_size(size), wait=timeout)
+    out.show(resized, output, lambda view: out.volume_table([view]))
+    if resized.get("frontend") == "fuse":
+        hint(
+            f"{resized['device']} has the new size when it is attached again: "
+            f"blockd volume detach {name} && blockd volume attach {name}"
+        )
+
+
+@volume.command(
     name="ls",
     epilog="""\b
 Examples:

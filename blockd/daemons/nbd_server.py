@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blockd.daemons import addresses, process
@@ -112,6 +113,12 @@ class NbdConnection(Stream):
 
     def lost(self, reason: str) -> None:
         self.close(reason)
+
+    def volume_grew(self, size_bytes: int) -> None:
+        """A client of the live volume may use the new part, once it has learned of it."""
+        if self.export is not None and not self.layer_id:
+            self.export = replace(self.export, size_bytes=size_bytes)
+            self._size_bytes = size_bytes
 
     def close(self, reason: str) -> None:
         """End the connection; answers still to come are dropped."""

@@ -220,7 +220,8 @@ def _check_members(authority: Authority, record: Record, sessions: dict[str, Any
                 f"replica {replica_uuid} at {session.address} is no member of volume "
                 f"{record.volume_name}; add it with `blockd replica add`, or leave it out"
             )
-        if hello["size_bytes"] != record.size_bytes:
+        too_small = hello["size_bytes"] < record.size_bytes  # fine if it was away: it will grow
+        if too_small and record.members[replica_uuid].state == IN_SYNC:
             raise ConflictError(
                 f"replica {replica_uuid} has {hello['size_bytes']} bytes, volume "
                 f"{record.volume_name} has {record.size_bytes}; remove this replica and add a new "

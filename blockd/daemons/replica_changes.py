@@ -81,8 +81,8 @@ def reach(
         return [(first, count)], False
     if operation == wire.CONTROL:
         what = wire.json_content(content).get("do")
-        if what in ("seal", "revert", "zones", "stamps", "layer_regions", "layer_check"):
-            return EVERYTHING, what in ("seal", "revert")
+        if what in ("seal", "revert", "grow", "zones", "stamps", "layer_regions", "layer_check"):
+            return EVERYTHING, what in ("seal", "revert", "grow")
     return None
 
 

@@ -65,6 +65,12 @@ class ReplicaControl:
         self._service.worked()
         done({})
 
+    def _do_grow(self, content: Content, user: object, done: Done) -> None:
+        self._service.flushing.wait()
+        self._replica.grow(int(content["size_bytes"]))
+        self._service.worked()
+        done({})
+
     def _do_fold(self, content: Content, user: object, done: Done) -> None:
         if content["paused"]:
             self.folding_paused_by.add(user)

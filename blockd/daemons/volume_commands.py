@@ -35,6 +35,7 @@ class VolumeCommands:
             "snapshot-remove": self._snapshot_remove,
             "snapshot-revert": self._snapshot_revert,
             "diff": self._diff,
+            "grow": self._grow,
             "member-add": self._member_add,
             "member-remove": self._member_remove,
             "member-address": self._member_address,
@@ -166,6 +167,17 @@ class VolumeCommands:
             self._daemon.loop.post(self._daemon.sending(call))
 
         Diff(self._engine, base_id, layer_id, offset, answer, post).go_on()
+
+    def _grow(self, request: dict[str, Any], answer: Answer) -> None:
+        """Make the volume `size_bytes` long; clients that are there may use all of it."""
+
+        def done(error: BlockdError | None) -> None:
+            if error is None:
+                for connection in self._daemon.connections:
+                    connection.volume_grew(self._engine.record.size_bytes)
+            _answer_with(answer)(error)
+
+        self._daemon.structure.grow(int(request["size_bytes"]), done)
 
     def _refuse_if_read(self, name: str, what: str) -> None:
         layer = self._daemon.structure.find(name)

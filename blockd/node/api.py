@@ -34,6 +34,7 @@ from blockd.node.api_types import (
     EmptyBody,
     MountBody,
     RebuildBody,
+    ResizeBody,
     RevertBody,
     SnapshotBody,
     StatusView,
@@ -132,6 +133,14 @@ def volume_change(
         if value is not msgspec.UNSET
     }
     return operations.change(name, changes)
+
+
+@post("/v1/volumes/{name:str}/resize", status_code=200, sync_to_thread=True)
+def volume_resize(
+    operations: Ops, name: FromPath[str], data: JSONBody[ResizeBody], wait: Wait = WAIT_SECONDS
+) -> VolumeView:
+    """Make a volume larger."""
+    return operations.resize(name, data.size_bytes, wait)
 
 
 @delete("/v1/volumes/{name:str}", status_code=200, sync_to_thread=True)
@@ -298,6 +307,7 @@ HANDLERS = [
     volume_create,
     volume_show,
     volume_change,
+    volume_resize,
     volume_delete,
     volume_attach,
     volume_detach,

@@ -32,6 +32,12 @@ class VolumeChangeBody(msgspec.Struct, forbid_unknown_fields=True):
     min_in_sync: int | msgspec.UnsetType = msgspec.UNSET
 
 
+class ResizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The new size; not below the one it has."""
+
+    size_bytes: int
+
+
 class AttachBody(msgspec.Struct, forbid_unknown_fields=True):
     """How to attach."""
 

@@ -71,7 +71,7 @@ class Revert(msgspec.Struct):
 
 
 class VolumeSpec(msgspec.Struct):
-    """What the user wants of a volume.
+    """What the user wants of a volume. `size_bytes` can only grow.
 
     A replica that was lost for `rebuild_wait_seconds` is replaced by a new one. `rebuild_bandwidth`
     caps what is copied to one replica, in bytes per second. Writes are answered only while

@@ -117,6 +117,26 @@ class Operations:
         modify(self._store, Volume, name, change)
         return self.volume(name)
 
+    def resize(self, name: str, size_bytes: int, wait_seconds: float) -> VolumeView:
+        """Make a volume larger, attached or not."""
+        volume = self._volume(name)
+        check_size(size_bytes)
+        if size_bytes < volume.spec.size_bytes:
+            raise RequestError(
+                f"volume {name} has {volume.spec.size_bytes} bytes and cannot shrink to "
+                f"{size_bytes}; choose a larger size, or copy what you need to a smaller volume"
+            )
+        wanted = modify(
+            self._store, Volume, name, lambda v: setattr(v.spec, "size_bytes", size_bytes)
+        )
+
+        def done(item: Volume) -> bool:
+            record = self._record(name)
+            return record is not None and record.size_bytes >= size_bytes
+
+        self._await(wanted, done, wait_seconds, f"{size_bytes} bytes long")
+        return self.volume(name)
+
     def remove(self, name: str, force: bool, wait_seconds: float) -> None:
         """Remove a volume with all its data."""
         volume = self._volume(name)

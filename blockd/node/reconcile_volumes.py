@@ -97,6 +97,9 @@ class VolumeReconciler:
             self.members.align(volume, record, replicas, spec)
             if volume.spec.attached:
                 volume = self.devices.bring_up(volume, volume.status.epoch)
+            if record.size_bytes < volume.spec.size_bytes:
+                control.ask(spec.control, "grow", size_bytes=volume.spec.size_bytes)
+                log.info("volume %s: %d bytes from now on", name, volume.spec.size_bytes)
         else:
             spec = context.volume_daemon(volume, [])
             volume = self.devices.settle_down(volume, volume.status.epoch)
@@ -111,6 +114,7 @@ class VolumeReconciler:
             or self.members.work(record, replicas)
             or self.snapshots.pending(volume.metadata.name)
             or _revert_waits(volume)
+            or record.size_bytes < volume.spec.size_bytes
         )
 
     def _start_daemon(

@@ -129,7 +129,7 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
     return VolumeView(
         name=name,
         uid=volume.metadata.uid,
-        size_bytes=volume.spec.size_bytes,
+        size_bytes=record.size_bytes if record else volume.spec.size_bytes,
         allocated_bytes=max((item.allocated_bytes for item in replicas), default=0),
         block_size=volume.spec.block_size,
         replica_count=volume.spec.replicas,

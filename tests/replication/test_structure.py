@@ -359,6 +359,64 @@ def test_a_deletion_that_no_member_could_write_is_done_later() -> None:
     assert len(record_of(world).layers) == 1
 
 
+# ---- grow -------------------------------------------------------------------------------------
+
+
+def grown(world: World, size_bytes: int) -> list[BlockdError | None]:
+    outcome: list[BlockdError | None] = []
+    world.structure.grow(size_bytes, outcome.append)
+    return outcome
+
+
+def test_every_member_is_larger_before_the_record_is() -> None:
+    world = World(2, size_bytes=2 << 20)
+    larger = 4 * world.size_bytes
+    world.authority.away = True
+    outcome = grown(world, larger)
+    world.settle()
+    assert outcome == []
+    assert [replica.size_bytes for replica in world.replicas.values()] == [larger] * 2
+    assert record_of(world).size_bytes == world.size_bytes
+    before = record_of(world).config_seq
+    world.authority.away = False
+    world.clock.advance(1)
+    world.settle()
+    assert outcome == [None]
+    assert record_of(world).size_bytes == larger
+    assert record_of(world).config_seq == before + 1
+    assert all(r.config_seq == before + 1 for r in world.replicas.values()), "old records are told"
+
+
+def test_a_volume_cannot_shrink_and_may_stay_as_it_is() -> None:
+    world = World(2, size_bytes=2 << 20)
+    outcomes = [grown(world, world.size_bytes - BLOCK_BYTES), grown(world, world.size_bytes)]
+    world.settle()
+    assert isinstance(outcomes[0][0], RequestError)
+    assert "cannot shrink" in str(outcomes[0][0])
+    assert outcomes[1] == [None]
+    with pytest.raises(RequestError, match="multiple"):
+        world.structure.grow(world.size_bytes + 1, lambda error: None)
+    assert record_of(world).config_seq == 0
+
+
+def test_a_member_that_cannot_grow_is_put_out_before_the_volume_is_larger() -> None:
+    world = World(3, size_bytes=2 << 20)
+    full = StorageError("disk full", errno=errno.ENOSPC)
+    world.replicas["r1"].refuse_control["grow"] = full
+    assert grown(world, 2 * world.size_bytes) == []
+    world.settle()
+    record = record_of(world)
+    assert record.size_bytes == 2 * world.size_bytes
+    assert record.members["r1"].state == OUT
+    for replica in world.replicas.values():
+        replica.refuse_control["grow"] = full
+    outcome = grown(world, 3 * world.size_bytes)
+    world.settle()
+    assert isinstance(outcome[0], StorageError)
+    assert record_of(world).size_bytes == 2 * world.size_bytes
+    assert record_of(world).members["r0"].state == IN_SYNC
+
+
 # ---- revert -----------------------------------------------------------------------------------
 
 

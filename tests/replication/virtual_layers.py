@@ -121,6 +121,9 @@ class VirtualLayers:
         ]
         return {"layers": layers, "head_id": self.head_id}
 
+    def _do_grow(self, content: dict[str, Any]) -> None:
+        self.size_bytes = content["size_bytes"]
+
     def _do_fold(self, content: dict[str, Any]) -> None:
         self.paused = content["paused"]
 

@@ -270,6 +270,18 @@ class Cluster:
             if member.uuid in record.members and record.members[member.uuid].state == IN_SYNC
         ]
 
+    def is_spare(self, member: Member) -> bool:
+        """Would its loss lose nothing: does the only volume daemon read from another one?
+
+        After a crash of everything one member is the source, although the record names others.
+        """
+        if len(self.volumes) != 1 or not self.volumes[0].usable:
+            return False
+        daemon = self.volumes[0].daemon
+        assert daemon is not None
+        in_sync = {other.uuid for other in self.in_sync()} - {member.uuid}
+        return any(link.replica_uuid in in_sync for link in daemon.engine.readers)
+
     # ---- the node service ---------------------------------------------------------------------
 
     def open(self, host: Host | None = None) -> None:
@@ -309,8 +321,7 @@ class Cluster:
             if daemon is not None and daemon.service.replica.failed:
                 self.kernel.log("world", f"the daemon of {member.uuid} is replaced")
                 member.kill()
-            others = [other for other in self.in_sync() if other is not member]
-            if "rebuild this replica" in member.refused and others:
+            if "rebuild this replica" in member.refused and self.is_spare(member):
                 self.kernel.log("world", f"{member.uuid} is damaged beyond use and replaced")
                 member.replace_disk()
         for volume in list(self.volumes):

@@ -308,9 +308,8 @@ class Faults:
 
     def _replaced_disk(self) -> bool:
         """A member comes back empty; once in a run, because the others must hold everything."""
-        member, record = self._member(), self.cluster.record
-        others = [other for other in self.cluster.in_sync() if other is not member]
-        if self.replaced or record is None or not others or not member.host.up:
+        member = self._member()
+        if self.replaced or not self.cluster.is_spare(member) or not member.host.up:
             return False
         self.replaced = True
         self.kernel.log("world", f"{member.uuid} gets an empty disk")

@@ -220,6 +220,8 @@ class Run:
         """Each member, read from its files alone: all equal, and as the history allows."""
         record = self.cluster.record
         assert record is not None
+        if record.size_bytes < self.structure.size_bytes:
+            raise Violation(f"{record.size_bytes} bytes, but {self.structure.size_bytes} were said")
         named = {layer.id: layer.name for layer in record.layers if layer.name}
         first: dict[tuple[int, int], bytes] = {}
         damaged = self.faults.victim
@@ -228,6 +230,8 @@ class Run:
                 replica = Replica.open(member.path)
             except BlockdError as error:
                 raise Violation(f"{member.uuid} cannot be opened: {error}") from None
+            if replica.size_bytes < record.size_bytes:
+                raise Violation(f"{member.uuid} has {replica.size_bytes} bytes, too few")
             layers = {
                 layer.id
                 for layer in replica.metadata.layers

@@ -1,4 +1,4 @@
-"""Snapshots are made, deleted, read and gone back to, now and then, one change at a time.
+"""Snapshots are made, deleted, read and gone back to, the volume grows, now and then, one by one.
 
 A revert replaces what the client sees, so the client is quiet meanwhile: nothing is under way when
 it is asked for. If its answer does not come, it may have happened, at the latest when the volume is
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from blockd.daemons.volume import VolumeDaemon
 from protocol.errors import BlockdError, PeerError, StorageError
+from protocol.units import BLOCK_BYTES
 from tests.sim.client import Client
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.history import Era, Snapshot
 
 SNAPSHOTS_MAX = 10  # made in one run
+SIZE_BYTES_MAX = 200 << 20
 QUIET_SECONDS_MAX = 5.0  # for requests under way before a revert
 
 
@@ -28,6 +31,7 @@ class StructureUser:
         self._kernel = cluster.kernel
         self._busy_with: VolumeProcess | None = None
         self.quiet = False  # the client must not ask for anything
+        self.size_bytes = cluster.size_bytes  # which the volume was said to have
         self._reverting: Snapshot | None = None  # asked for, and not known to be over
 
     def act(self, volume: VolumeProcess) -> None:
@@ -42,6 +46,8 @@ class StructureUser:
             if len(self._client.snapshots) < SNAPSHOTS_MAX:
                 self._busy_with = volume
                 self._client.snapshot(volume, lambda well: self._done())
+        elif dice < 0.6:
+            self._grow(volume, daemon)
         elif dice < 0.75:
             self._ask("delete", random.choice(names), volume, daemon.structure.remove)
         elif len(self._cluster.volumes) == 1 and not self.quiet:
@@ -49,6 +55,23 @@ class StructureUser:
             self._busy_with = volume
             name = random.choice(names)
             self._await_quiet(volume, name, self._kernel.now + QUIET_SECONDS_MAX)
+
+    def _grow(self, volume: VolumeProcess, daemon: VolumeDaemon) -> None:
+        wanted = (
+            daemon.engine.record.size_bytes + self._kernel.random.randint(1, 4096) * BLOCK_BYTES
+        )
+        if wanted > SIZE_BYTES_MAX:
+            return
+
+        def grow(text: str, done: Callable[[BlockdError | None], None]) -> None:
+            def ended(error: BlockdError | None) -> None:
+                if error is None:
+                    self.size_bytes = max(self.size_bytes, wanted)
+                done(error)
+
+            daemon.structure.grow(wanted, ended)
+
+        self._ask("grow", f"to {wanted}", volume, grow)
 
     def _done(self) -> None:
         self._busy_with = None
