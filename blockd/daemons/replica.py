@@ -161,8 +161,8 @@ def create_if_missing(options: argparse.Namespace) -> None:
 def check_identity(options: argparse.Namespace, replica: Replica) -> None:
     """ConflictError unless the directory holds the replica that the command line describes."""
     found = replica.metadata
-    blank = not found.volume_uuid  # one that belongs to a volume learns its size from there
-    size_bytes = parse_size(options.size) if options.size and blank else 0
+    unused = not found.promised_epoch  # one that has had an owner learns its size from there
+    size_bytes = parse_size(options.size) if options.size and unused else 0
     for what, wanted, is_now in (
         ("replica", options.replica_uuid, found.replica_uuid),
         ("a replica of volume", options.volume_uuid, found.volume_uuid),
