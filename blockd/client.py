@@ -148,6 +148,10 @@ class Client:
         """The snapshots of a volume, oldest first."""
         return _list(self._call("GET", f"{_volume_path(volume)}/snapshots"))
 
+    def usage(self, volume: str, *, wait: float = WAIT_SECONDS) -> Json:
+        """How much data the volume and its snapshots show and hold."""
+        return _object(self._call("GET", f"{_volume_path(volume)}/usage", wait=wait))
+
     def snapshot(self, volume: str, name: str) -> Json:
         """One snapshot."""
         return _object(self._call("GET", _snapshot_path(volume, name)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,6 +54,19 @@ def size_text(size_bytes: Any) -> str:
         size, unit = size / 1024, unit + 1
     digits = f"{size:.1f}".removesuffix(".0")
     return f"{digits} {_UNITS[unit]}"
+
+
+def age_text(created: Any, now: datetime | None = None) -> str:
+    """How long ago an ISO time was: 40s, 17m, 5h, 12d; a dash when there is none."""
+    try:
+        then = datetime.fromisoformat(str(created))
+    except ValueError:
+        return "-"
+    seconds = int(((now or datetime.now(UTC)) - then).total_seconds())
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit}"
+    return f"{max(0, seconds)}s"
 
 
 def text(value: Any) -> str:
@@ -180,14 +194,24 @@ def replica_table(replicas: list[Json]) -> None:
 
 
 def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
-    """One line per snapshot."""
+    """One line per snapshot; with sizes if they are known."""
+    sizes = any("exclusive_bytes" in snapshot for snapshot in snapshots)
     rows(
-        ("NAME", "CREATED", "ID", "LABELS"),
+        ("NAME", "CREATED", "AGE", "ID", *(("DATA", "FREES") if sizes else ()), "LABELS"),
         [
             (
                 f"{volume_name}@{bare_snapshot_name(snapshot)}",
                 snapshot.get("created"),
+                age_text(snapshot.get("created")),
                 snapshot.get("id"),
+                *(
+                    (
+                        size_text(snapshot.get("data_bytes")),
+                        size_text(snapshot.get("exclusive_bytes")),
+                    )
+                    if sizes
+                    else ()
+                ),
                 labels_text(snapshot.get("labels")),
             )
             for snapshot in snapshots

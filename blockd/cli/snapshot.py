@@ -59,16 +59,30 @@ def create(
     epilog="""\b
 Examples:
   blockd snapshot ls data
+  blockd snapshot ls data --sizes
   blockd snapshot ls data -o json
 """,
 )
 @volume_named_vol
+@click.option(
+    "--sizes", is_flag=True, help="Also how much data each shows, and what its removal frees."
+)
 @output_option
 @pass_settings
-def list_snapshots(settings: Settings, volume: str, output: str) -> None:
-    """List the snapshots of a volume, oldest first."""
+def list_snapshots(settings: Settings, volume: str, sizes: bool, output: str) -> None:
+    """List the snapshots of a volume, oldest first.
+
+    With --sizes, DATA is the data seen in a snapshot, and FREES what each replica gets back when
+    this one alone is removed. The volume must be attached; on a large volume it takes seconds.
+    """
     with settings.client() as client:
         snapshots = client.snapshots(volume)
+        if sizes:
+            with waiting(f"counting the data of {volume}"):
+                used = client.usage(volume)["snapshots"]
+            snapshots = [
+                {**view, **used.get(out.bare_snapshot_name(view), {})} for view in snapshots
+            ]
     out.show(snapshots, output, lambda views: out.snapshot_table(views, volume_name=volume))
 
 

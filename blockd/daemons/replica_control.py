@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import BlockdError, RequestError
+from snapshots.usage import usage
 
 if TYPE_CHECKING:
     from blockd.daemons.replica_service import ReplicaService
@@ -19,6 +20,7 @@ Content = dict[str, Any]
 Done = Callable[[Content | BlockdError], None]
 
 STAMP_ZONES_PER_ANSWER = 1 << 16  # at most a mebibyte of JSON
+USAGE_SECONDS = 0.002  # of counting before other requests come in between
 INDEX_SECONDS = 0.002  # of making index pages in one turn of the loop
 
 
@@ -110,6 +112,13 @@ class ReplicaControl:
         layer_id, parent_id = int(content["layer_id"]), int(content["parent_id"])
         first, count = int(content["first"]), int(content["count"])
         done({"digest": self._replica.layer_check(layer_id, parent_id, first, count)})
+
+    def _do_usage(self, content: Content, user: object, done: Done) -> None:
+        """What some regions add to what each layer shows and holds; where to go on."""
+        loop = self._service.loop
+        deadline = loop.now() + USAGE_SECONDS
+        found, region = usage(self._replica, int(content["first"]), lambda: loop.now() > deadline)
+        done({"usage": list(found.items()), "next": region})
 
     # ---- becoming equal -------------------------------------------------------------------
 

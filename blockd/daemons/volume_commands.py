@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from blockd.daemons.diff import Diff
+from blockd.daemons.usage import UsageCount
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
@@ -36,6 +37,7 @@ class VolumeCommands:
             "snapshot-revert": self._snapshot_revert,
             "diff": self._diff,
             "grow": self._grow,
+            "usage": self._usage,
             "member-add": self._member_add,
             "member-remove": self._member_remove,
             "member-address": self._member_address,
@@ -167,6 +169,9 @@ class VolumeCommands:
             self._daemon.loop.post(self._daemon.sending(call))
 
         Diff(self._engine, base_id, layer_id, offset, answer, post).go_on()
+
+    def _usage(self, request: dict[str, Any], answer: Answer) -> None:
+        UsageCount(self._engine, answer).start()
 
     def _grow(self, request: dict[str, Any], answer: Answer) -> None:
         """Make the volume `size_bytes` long; clients that are there may use all of it."""

@@ -46,7 +46,7 @@ from blockd.node.api_types import (
 from blockd.node.context import Context
 from blockd.node.objects import Disk, Node, VolumeSpec
 from blockd.node.operations import Operations
-from blockd.node.views import DiffView, ReplicaView, SnapshotView, VolumeView
+from blockd.node.views import DiffView, ReplicaView, SnapshotView, UsageView, VolumeView
 
 WAIT_SECONDS = 60.0
 WAIT_SECONDS_MAX = 3600.0  # a client that wants longer asks again
@@ -254,6 +254,12 @@ def snapshot_diff(
     return operations.snapshot_diff(name, snapshot, to, offset)
 
 
+@get("/v1/volumes/{name:str}/usage", sync_to_thread=True)
+def volume_usage(operations: Ops, name: FromPath[str], wait: Wait = WAIT_SECONDS) -> UsageView:
+    """How much data the volume and its snapshots show, and what deleting one gives back."""
+    return operations.usage(name, wait)
+
+
 @get("/v1/volumes/{name:str}/replicas", sync_to_thread=True)
 def replica_list(operations: Ops, name: FromPath[str]) -> list[ReplicaView]:
     """The replicas of a volume."""
@@ -308,6 +314,7 @@ HANDLERS = [
     volume_show,
     volume_change,
     volume_resize,
+    volume_usage,
     volume_delete,
     volume_attach,
     volume_detach,

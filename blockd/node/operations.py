@@ -40,23 +40,13 @@ from blockd.node.views import (
     DiffView,
     ReplicaView,
     SnapshotView,
+    UsageView,
     VolumeView,
     snapshot_view,
     volume_view,
 )
-from protocol.errors import (
-    ConflictError,
-    DeadlineError,
-    NotFoundError,
-    RequestError,
-    from_code,
-)
-from protocol.units import (
-    REPLICAS_MAX,
-    SNAPSHOTS_MAX,
-    check_name,
-    check_size,
-)
+from protocol.errors import ConflictError, DeadlineError, NotFoundError, RequestError, from_code
+from protocol.units import REPLICAS_MAX, SNAPSHOTS_MAX, check_name, check_size
 from replication.authority import IN_SYNC, Record
 
 POLL_SECONDS = 0.05
@@ -335,6 +325,11 @@ class Operations:
         daemon = self._running_daemon(volume, "compares snapshots")
         answer = control.ask(daemon.control, "diff", base=base, snapshot=to, offset=offset)
         return msgspec.convert({"extents": answer["extents"], "next": answer["next"]}, DiffView)
+
+    def usage(self, volume: str, wait_seconds: float) -> UsageView:
+        """How much data the volume and its snapshots show and hold; all maps are read for it."""
+        path = self._running_daemon(volume, "counts data").control
+        return msgspec.convert(control.ask(path, "usage", timeout_seconds=wait_seconds), UsageView)
 
     # -- replicas -------------------------------------------------------------------------------
 

@@ -74,6 +74,20 @@ class SnapshotView(msgspec.Struct):
     size_bytes: int
 
 
+class SnapshotUsageView(msgspec.Struct):
+    """`data_bytes` of data are seen in it; deleting it alone gives `exclusive_bytes` back."""
+
+    data_bytes: int
+    exclusive_bytes: int
+
+
+class UsageView(msgspec.Struct):
+    """How much data the volume shows, and each of its snapshots by name. On one replica."""
+
+    data_bytes: int
+    snapshots: dict[str, SnapshotUsageView]
+
+
 class DiffView(msgspec.Struct):
     """Where two views of a volume may differ: [offset, length] in bytes, ascending.
 

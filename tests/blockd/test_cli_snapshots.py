@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from blockd.cli import output as out
 from tests.blockd.cli_fake_node import FakeNode, Run, serving_unix, volume_view
 
 NAMES = ["a", "b", "c", "d"]
@@ -101,3 +103,31 @@ def test_the_tree_branches_where_several_were_taken_on_one(node: FakeNode, run: 
         "│  e",
         "└─ (the volume now)",
     ]
+
+
+def test_sizes_are_asked_for_only_with_the_option(node: FakeNode, run: Run) -> None:
+    node.answer("GET", "/v1/volumes/data/snapshots", volume_view()["snapshots"])
+    used = {"monday": {"data_bytes": 3 << 30, "exclusive_bytes": 5 << 20}}
+    node.answer("GET", "/v1/volumes/data/usage", {"data_bytes": 0, "snapshots": used})
+    code, printed, _ = run("snapshot", "ls", "data")
+    assert code == 0
+    assert "FREES" not in printed
+    assert len(node.asked) == 1
+    code, printed, _ = run("snapshot", "ls", "data", "--sizes")
+    assert code == 0
+    assert "3 GiB  5 MiB" in printed
+    code, printed, _ = run("snapshot", "ls", "data", "--sizes", "-o", "json")
+    assert json.loads(printed)[0]["exclusive_bytes"] == 5 << 20
+
+
+def test_an_age_has_one_unit() -> None:
+    now = datetime(2026, 1, 11, 12, tzinfo=UTC)
+    for created, age in (
+        ("2026-01-11T11:59:20Z", "40s"),
+        ("2026-01-11T11:57:00Z", "3m"),
+        ("2026-01-11T07:00:00Z", "5h"),
+        ("2026-01-01T12:00:00Z", "10d"),
+        ("2026-01-11T12:00:09Z", "0s"),
+        (None, "-"),
+    ):
+        assert out.age_text(created, now) == age

@@ -1,4 +1,4 @@
-"""Resizing a volume from the command line and over the API.
+"""Resizing a volume from the command line and over the API, and counting what it holds.
 
 Proves against a fake API what `volume resize` asks and says, and with a real node service that a
 volume grows attached and detached, while a member is away, and that it cannot shrink.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import RequestError
+from protocol.errors import RequestError, StateError
 from tests.blockd.cli_fake_node import Run, serving_unix, volume_view
 from tests.blockd.nbd_client import WRITE, NbdClient
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, read, until, write
@@ -78,3 +78,19 @@ def test_a_replica_that_was_killed_starts_with_its_old_size_and_follows(node: No
     node.operations.resize("data", 100 * MIB, WAIT_SECONDS)
     node.until_healthy("data", 2)
     assert node.view("data").size_bytes == 100 * MIB
+
+
+def test_usage_is_counted_by_a_member_of_the_running_volume(
+    node: NodeHarness, tmp_path: Path
+) -> None:
+    node.create("data", replicas=2)
+    with pytest.raises(StateError, match="counts data"):
+        node.operations.usage("data", WAIT_SECONDS)
+    view = node.attach("data")
+    write(view, CONTENT, tmp_path / "in")
+    node.operations.snapshot_create("data", "before", {}, WAIT_SECONDS)
+    write(view, CONTENT[: MIB // 2][::-1], tmp_path / "in")
+    with node.client() as client:
+        used = client.get("/v1/volumes/data/usage").json()
+    assert used["data_bytes"] == MIB
+    assert used["snapshots"] == {"before": {"data_bytes": MIB, "exclusive_bytes": MIB // 2}}

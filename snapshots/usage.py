@@ -1,0 +1,112 @@
+"""How much data each snapshot shows, and how much its deletion gives back.
+
+Counted region by region from the maps of all layers, in bounded steps. A block of a snapshot is its
+own if every snapshot taken on it, and the volume, have something else in its place; one that is
+still seen from there moves into the child when the snapshot is deleted. A deleted snapshot on which
+several others stand stays until one is left: its deletion gives nothing back at first, and that of
+one of the others may give back more than its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.units import BLOCK_BYTES
+from snapshots.chain import Layers
+from snapshots.layer import LayerFile
+from snapshots.logical import Logical
+from snapshots.masks import EVERY_BLOCK, masks
+
+Usage = dict[int, list[int]]
+"""layer id to [bytes of data that one sees there, bytes that its deletion gives back]"""
+
+
+def usage(
+    store: Logical, first_region: int, out_of_time: Callable[[], bool]
+) -> tuple[Usage, int | None]:
+    """What the regions from `first_region` on add to each layer's usage, and where to go on."""
+    files = {info.id: store.layer_file(info.id) for info in store.metadata.layers}
+    logical = logical_layers(store.metadata.layers, store.metadata.head_id)
+    found: Usage = {layer.layer_id: [0, 0] for layer in logical}
+    nexts = dict.fromkeys(files, -1)
+    region = first_region
+    while True:
+        for layer_id, file in files.items():
+            if nexts[layer_id] < region:
+                following = file.next_region(region)
+                nexts[layer_id] = following if following >= 0 else file.region_count
+        region = min(nexts.values())
+        if region >= store.head.region_count:
+            return found, None
+        here = {layer_id: file for layer_id, file in files.items() if nexts[layer_id] == region}
+        _count(logical, here, region, found)
+        region += 1
+        if out_of_time():
+            return found, region
+
+
+@dataclass(frozen=True)
+class LogicalLayer:
+    """A layer with the removed ones that will be folded into it, youngest first."""
+
+    layer_id: int
+    parent_id: int
+    group: tuple[int, ...]
+    children: tuple[int, ...]
+
+
+def logical_layers(layers: Layers, head_id: int) -> list[LogicalLayer]:
+    """The logical layers, parents first; deleted ones that nothing stands on are left out."""
+    by_id = {layer.id: layer for layer in layers}
+    live = {layer.id for layer in layers if layer.id == head_id or not layer.removed}
+    children: dict[int, set[int]] = {}  # that lead to a live layer
+    for layer_id in live:
+        while parent := by_id[layer_id].parent:
+            children.setdefault(parent, set()).add(layer_id)
+            layer_id = parent
+    kept = live | {layer_id for layer_id, above in children.items() if len(above) > 1}
+    groups = {}
+    for layer_id in sorted(kept):  # ids grow from parent to child
+        group, parent = [layer_id], by_id[layer_id].parent
+        while parent and parent not in kept:
+            group.append(parent)
+            parent = by_id[parent].parent
+        groups[layer_id] = (parent, tuple(group))
+    return [
+        LogicalLayer(
+            layer_id,
+            parent,
+            group,
+            tuple(c for c, (below, _) in groups.items() if below == layer_id),
+        )
+        for layer_id, (parent, group) in groups.items()
+    ]
+
+
+def _count(
+    logical: list[LogicalLayer], here: dict[int, LayerFile], region: int, found: Usage
+) -> None:
+    """Add one region; `here` are the layers that have anything in it."""
+    contents = {layer_id: masks(file.map_block(region)) for layer_id, file in here.items()}
+    present: dict[int, int] = {}
+    data: dict[int, int] = {}
+    seen: dict[int, int] = {0: 0}
+    for layer in logical:
+        has, holds = 0, 0
+        for member in layer.group:
+            its_present, its_data = contents.get(member, (0, 0))
+            holds |= its_data & ~has
+            has |= its_present
+        present[layer.layer_id], data[layer.layer_id] = has, holds
+        seen[layer.layer_id] = seen[layer.parent_id] & ~has | holds
+    for layer in logical:
+        own = data[layer.layer_id] if len(layer.children) < 2 else 0
+        for child in layer.children:
+            own &= present[child]
+        found[layer.layer_id][0] += _bytes(seen[layer.layer_id])
+        found[layer.layer_id][1] += _bytes(own)
+
+
+def _bytes(mask: int) -> int:
+    return (mask & EVERY_BLOCK).bit_count() // 8 * BLOCK_BYTES
