@@ -49,11 +49,13 @@ def is_stranger(record: Record, replica_uuid: str, hello: Hello) -> bool:
     """Is this another directory than the one that took part in the volume?
 
     Made anew and empty, or put back from an old copy: who was in sync when the volume was served
-    has promised that epoch. Asked before the member is fenced, which makes it promise.
+    has promised that epoch, and has grown with it. Asked before the member is fenced, which makes
+    it promise.
     """
     member = record.members[replica_uuid]
     if member.state == IN_SYNC:
-        return bool(hello["promised_epoch"] < record.served_epoch)
+        too_small = hello["size_bytes"] < record.size_bytes
+        return bool(too_small or hello["promised_epoch"] < record.served_epoch)
     return bool(member.out_at and hello["promised_epoch"] < member.in_epoch)
 
 

@@ -209,9 +209,9 @@ class Structure:
             return
 
         def tell_again(error: BlockdError | None) -> None:
-            if untold:
+            if untold:  # the others at the next look
                 layer_id, links = untold.popitem()
-                self._drop_layer(layer_id, tell_again, links)
+                self._drop_layer(layer_id, done, links)
             else:
                 done(None)
 
@@ -316,8 +316,8 @@ class Structure:
         def grown(error: BlockdError | None) -> None:
             if error is not None:
                 done(error)
-            else:
-                engine.ledger.change(change, recorded)
+            else:  # members that were lost meanwhile are OUT before the record is larger
+                engine.ledger.change(lambda r: r, lambda _: engine.ledger.change(change, recorded))
 
         control_all(engine, {"do": "grow", "size_bytes": size_bytes}, grown)
 

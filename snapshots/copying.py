@@ -22,7 +22,7 @@ from protocol.errors import RequestError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE, check_size
 from snapshots import chain, directory
 from snapshots.growing import Growing
-from snapshots.layer import LayerFile, create_layer, layer_path
+from snapshots.layer import create_layer, layer_path
 from snapshots.masks import SLOT_RUNS, masks, runs
 from snapshots.merge import Merged, merge
 from snapshots.metadata import LayerInfo, Metadata, check_tree
@@ -59,11 +59,11 @@ class Copying(Growing):
             self.metadata,
             volume_uuid=volume_uuid,
             volume_name=volume_name,
-            size_bytes=size_bytes,
+            size_bytes=self.size_bytes,
             config_seq=self.dirty.config_seq,
             complete=False,
         )
-        if fresh or size_bytes != self.metadata.size_bytes:
+        if fresh:
             layers = tuple(replace(layer, slot=slot) for slot, layer in enumerate(wanted, start=1))
             target = replace(base, layers=layers, head_id=head_id, hollow=True)
             check_tree("the tree to copy", target)
@@ -145,11 +145,11 @@ class Copying(Growing):
 
     def layer_write(
         self, layer_id: int, parent_id: int, first: int, entries: memoryview, data: memoryview
-    ) -> LayerFile:
+    ) -> None:
         """Make blocks of one region of a logical layer what `layer_read` gave elsewhere.
 
         `entries` are u32, `data` that of the blocks whose entry is a checksum (checked by the
-        caller). Absent blocks are taken away, from the whole group of layers. Returns the layer.
+        caller). Absent blocks are taken away, from the whole group of layers.
         """
         self.check_open()
         if self.complete:
@@ -181,7 +181,6 @@ class Copying(Growing):
         for info in group[1:]:
             self._take_away(info, region, written & ~present)
         self.layers_changed()
-        return layer
 
     def _take_away(self, info: LayerInfo, region: int, mask: int) -> None:
         """Blocks that are absent from a group must not be in its removed layers either."""

@@ -6,6 +6,8 @@ size, which is fine; after it the new size. Nothing that is stored is touched.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 from protocol.errors import StateError, StorageError
@@ -17,6 +19,16 @@ from snapshots.syscalls import storage_error
 
 class Growing(Logical):
     """See the module text."""
+
+    def prepare_to_grow(self, size_bytes: int) -> Callable[[], None]:
+        """What makes the files longer, for any thread; `grow` says what went wrong."""
+        path, target = self.path, replace(self.metadata, size_bytes=size_bytes)
+
+        def prepare() -> None:
+            with contextlib.suppress(OSError):
+                directory.extend_files(path, target)
+
+        return prepare
 
     def grow(self, size_bytes: int) -> None:
         """Become at least `size_bytes` long, durably on return.

@@ -88,7 +88,7 @@ class Index:
 def open_sized(path: str, length: int) -> int:
     """Open a file for reading and writing that must exist with this length.
 
-    It may be longer by whole blocks: growing stopped half way.
+    It may be longer: growing stopped half way.
     """
     try:
         fd = os.open(path, os.O_RDWR)
@@ -99,7 +99,7 @@ def open_sized(path: str, length: int) -> int:
     except OSError as error:
         raise storage_error("opening", path, error) from error
     actual = os.fstat(fd).st_size
-    if actual < length or actual % BLOCK_BYTES:
+    if actual < length:
         os.close(fd)
         raise StorageError(
             f"{path} is {actual} bytes long, expected {length}; rebuild this replica from another"

@@ -29,6 +29,7 @@ _HELLO_FIELDS = {
     "recent": dict,
     "unbroken": bool,
 }
+BUSY_SECONDS_MAX = 30.0  # as long as anything may take that waits for a disk (watch.py)
 TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 
 
@@ -37,6 +38,7 @@ class Session:
 
     def __init__(self, loop: Loop, address: str, volume_uuid: str, key: bytes) -> None:
         self.address = address
+        self._now = loop.now
         self.socket = loop.connect(address, TIMEOUT_SECONDS)
         try:
             self.hello = self._greet(volume_uuid, key)
@@ -80,7 +82,12 @@ class Session:
         try:
             self.socket.sendall(wire.json_frame(operation, 0, content))
             answer, payload = self._message()
+            deadline = self._now() + BUSY_SECONDS_MAX
             while answer == wire.BUSY:  # a flush on a slow disk: it says that it lives
+                if self._now() > deadline:
+                    raise PeerError(
+                        f"the replica at {self.address} is still busy after {BUSY_SECONDS_MAX:g} s"
+                    )
                 answer, payload = self._message()
         except OSError as error:
             raise PeerError(f"the replica at {self.address} went away: {error}") from None

@@ -118,8 +118,8 @@ def _without_strangers(record: Record, sessions: dict[str, AnySession], log: Log
         if is_stranger(record, name, session.hello):
             log(
                 f"the directory of replica {name} knows of epoch "
-                f"{session.hello['promised_epoch']} only: it is empty, or an old copy; it will be "
-                "compared and filled as a whole"
+                f"{session.hello['promised_epoch']} and {session.hello['size_bytes']} bytes only: "
+                "it is empty, or an old copy; it will be compared and filled as a whole"
             )
             record = record.as_stranger(name)
     if not any(member.state == IN_SYNC for member in record.members.values()):
@@ -219,13 +219,6 @@ def _check_members(authority: Authority, record: Record, sessions: dict[str, Any
             raise ConflictError(
                 f"replica {replica_uuid} at {session.address} is no member of volume "
                 f"{record.volume_name}; add it with `blockd replica add`, or leave it out"
-            )
-        too_small = hello["size_bytes"] < record.size_bytes  # fine if it was away: it will grow
-        if too_small and record.members[replica_uuid].state == IN_SYNC:
-            raise ConflictError(
-                f"replica {replica_uuid} has {hello['size_bytes']} bytes, volume "
-                f"{record.volume_name} has {record.size_bytes}; remove this replica and add a new "
-                "one"
             )
         if hello["config_seq"] > record.config_seq or hello["promised_epoch"] > record.epoch:
             newest = authority.load(record.volume_uuid)

@@ -68,10 +68,26 @@ class ReplicaControl:
         done({})
 
     def _do_grow(self, content: Content, user: object, done: Done) -> None:
-        self._service.flushing.wait()
-        self._replica.grow(int(content["size_bytes"]))
-        self._service.worked()
-        done({})
+        """What takes long is done in threads before: little is left that holds requests up."""
+        service, replica, size_bytes = self._service, self._replica, int(content["size_bytes"])
+
+        def flushed(error: BlockdError | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                service.loop.in_thread(replica.prepare_to_grow(size_bytes), prepared)
+
+        def prepared(result: None, failure: BaseException | None) -> None:
+            try:
+                service.flushing.wait()
+                replica.grow(size_bytes)
+            except BlockdError as error:
+                done(error)
+                return
+            service.worked()
+            done({})
+
+        service.flush(flushed)
 
     def _do_fold(self, content: Content, user: object, done: Done) -> None:
         if content["paused"]:
@@ -139,9 +155,10 @@ class ReplicaControl:
         stamps = {}
         for first, count, stamp in content["stamps"]:
             stamps.update(dict.fromkeys(range(int(first), int(first) + int(count)), int(stamp)))
-        if any(not 0 <= zone < len(self._replica.dirty.zones) for zone in stamps):
+        if any(zone < 0 for zone in stamps):
             raise RequestError("a stamp for a zone that the volume does not have")
-        self._replica.dirty.raise_stamps(stamps)
+        count = len(self._replica.dirty.zones)  # the source may be larger than the volume
+        self._replica.dirty.raise_stamps({z: stamp for z, stamp in stamps.items() if z < count})
         done({})
 
     def _do_end_sync(self, content: Content, user: object, done: Done) -> None:

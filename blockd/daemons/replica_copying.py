@@ -6,6 +6,7 @@ the loop. What arrives is stored only if every block matches its checksum.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,13 +14,12 @@ from typing import TYPE_CHECKING
 from blockd.daemons.flushing import as_storage_error
 from protocol import replica as wire
 from protocol.checksum import ZEROS, block_checksums
-from protocol.errors import BlockdError, StorageError
+from protocol.errors import BlockdError, NotFoundError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION
 from snapshots.readpath import AGAIN
 
 if TYPE_CHECKING:
     from blockd.daemons.replica_service import ReplicaService
-    from snapshots.layer import LayerFile
 
 Done = Callable[[memoryview | None, BlockdError | None], None]
 Place = tuple[int, int, int, int]
@@ -32,7 +32,7 @@ class ReplicaCopying:
     def __init__(self, service: ReplicaService) -> None:
         self._loop = service.loop
         self._replica = service.replica
-        self._written: tuple[LayerFile | None, int] = (None, 0)  # layer and region of the last
+        self._written = (0, 0)  # layer id and region of the last write
 
     def read(self, place: Place, done: Done) -> None:
         """The payload of a LAYER_DATA about some blocks."""
@@ -70,15 +70,17 @@ class ReplicaCopying:
         """Store the payload of a LAYER_WRITE."""
         layer_id, parent_id, first, _ = place
         entries, data = self._checked(place, payload)
-        layer = self._replica.layer_write(layer_id, parent_id, first, entries, data)
-        self._write_back(layer, first // BLOCKS_PER_REGION)
+        self._replica.layer_write(layer_id, parent_id, first, entries, data)
+        self._write_back(layer_id, first // BLOCKS_PER_REGION)
 
-    def _write_back(self, layer: LayerFile, region: int) -> None:
+    def _write_back(self, layer_id: int, region: int) -> None:
         """The disk begins with a region when the next one is written: the flush is short then."""
-        (last_layer, last), self._written = self._written, (layer, region)
-        if last_layer is not None and (last_layer, last) != (layer, region):
-            work = partial(last_layer.begin_writing_back, last)
-            self._loop.in_thread(work, lambda result, failure: None)
+        before, self._written = self._written, (layer_id, region)
+        if before[0] and before != self._written:
+            with contextlib.suppress(NotFoundError):  # it may be gone by now
+                layer = self._replica.layer_file(before[0])
+                work = partial(layer.begin_writing_back, before[1])
+                self._loop.in_thread(work, lambda result, failure: None)
 
     def mend(self, place: Place, payload: memoryview | None) -> int:
         """Compare with the payload of a MEND and replace what is damaged; how many blocks."""

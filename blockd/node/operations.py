@@ -109,16 +109,20 @@ class Operations:
 
     def resize(self, name: str, size_bytes: int, wait_seconds: float) -> VolumeView:
         """Make a volume larger, attached or not."""
-        volume = self._volume(name)
         check_size(size_bytes)
-        if size_bytes < volume.spec.size_bytes:
-            raise RequestError(
-                f"volume {name} has {volume.spec.size_bytes} bytes and cannot shrink to "
-                f"{size_bytes}; choose a larger size, or copy what you need to a smaller volume"
-            )
-        wanted = modify(
-            self._store, Volume, name, lambda v: setattr(v.spec, "size_bytes", size_bytes)
-        )
+
+        def want(item: Volume) -> None:
+            if not item.status.established:
+                raise ConflictError(f"volume {name} is still being made; resize it when it is done")
+            if size_bytes < item.spec.size_bytes:
+                raise RequestError(
+                    f"volume {name} has {item.spec.size_bytes} bytes and cannot shrink to "
+                    f"{size_bytes}; choose a larger size, or copy what you need to a smaller volume"
+                )
+            item.spec.size_bytes = size_bytes
+
+        self._volume(name)
+        wanted = modify(self._store, Volume, name, want)
 
         def done(item: Volume) -> bool:
             record = self._record(name)

@@ -51,6 +51,7 @@ class VolumeReconciler:
         self.snapshots = SnapshotReconciler(context)
         self.devices = DeviceReconciler(context)
         self._idle_since: dict[str, float] = {}
+        self._waiting_to_grow: dict[str, str] = {}  # why a larger size has to wait
 
     def reconcile(self, name: str) -> float | None:
         """One pass; seconds until the next one, None if the volume is gone."""
@@ -98,8 +99,7 @@ class VolumeReconciler:
             if volume.spec.attached:
                 volume = self.devices.bring_up(volume, volume.status.epoch)
             if record.size_bytes < volume.spec.size_bytes:
-                control.ask(spec.control, "grow", size_bytes=volume.spec.size_bytes)
-                log.info("volume %s: %d bytes from now on", name, volume.spec.size_bytes)
+                return min(self._grow(volume, spec), self._settle(volume, spec, was_attached))
         else:
             spec = context.volume_daemon(volume, [])
             volume = self.devices.settle_down(volume, volume.status.epoch)
@@ -171,6 +171,19 @@ class VolumeReconciler:
         volume = self._context.store.get(Volume, name)
         return self._note(volume, revert_id=revert.id, revert_problem=problem)
 
+    def _grow(self, volume: Volume, spec: DaemonSpec) -> float:
+        """Ask for the larger size; seconds until the next attempt if that cannot be now."""
+        name, size_bytes = volume.metadata.name, volume.spec.size_bytes
+        try:
+            control.ask(spec.control, "grow", size_bytes=size_bytes)
+        except BlockdError as error:
+            log.warning("volume %s: growing to %d bytes: %s", name, size_bytes, error)
+            self._waiting_to_grow[name] = f"not {size_bytes} bytes long yet: {error}"
+            return CHECK_UNHEALTHY_SECONDS
+        log.info("volume %s: %d bytes from now on", name, size_bytes)
+        self._waiting_to_grow.pop(name, None)
+        return CHECK_SECONDS
+
     def _linger_seconds(self, name: str, was_attached: bool) -> float:
         """How long a volume daemon without work stays; 0 right after a detach."""
         if was_attached:
@@ -185,6 +198,8 @@ class VolumeReconciler:
         record = self.members.load(volume)
         assert record is not None, "established above"
         message = next((i.status.message for i in replicas if i.status.message), None)
+        if record.size_bytes < volume.spec.size_bytes:
+            message = message or self._waiting_to_grow.get(name)
         changes: dict[str, object] = {
             "health": record_health(volume, record, replicas),
             "message": message,

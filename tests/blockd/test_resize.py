@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from protocol.errors import RequestError, StateError
+from blockd.node import control
+from protocol.errors import DeadlineError, RequestError, StateError
 from tests.blockd.cli_fake_node import Run, serving_unix, volume_view
 from tests.blockd.nbd_client import WRITE, NbdClient
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, read, until, write
@@ -67,6 +69,29 @@ def test_a_volume_cannot_shrink(node: NodeHarness) -> None:
     with pytest.raises(RequestError, match="multiple"):
         node.operations.resize("data", 65 * MIB + 1, WAIT_SECONDS)
     assert node.view("data").size_bytes == 64 * MIB
+
+
+def test_a_refused_growth_waits_and_holds_nothing_else_up(
+    node: NodeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = control.ask
+
+    def ask(path: Path, command: str, **arguments: Any) -> control.Answer:
+        if command == "grow":
+            raise StateError("cannot change the size during the rebuild of replica x")
+        return real(path, command, **arguments)
+
+    node.create("data", replicas=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "ask", ask)
+        node.attach("data")
+        with pytest.raises(DeadlineError, match="during the rebuild"):
+            node.operations.resize("data", 100 * MIB, 1.0)
+        assert node.view("data").size_bytes == 64 * MIB
+        assert node.operations.detach("data", WAIT_SECONDS).state == "detached"
+        node.attach("data")
+    until(lambda: node.view("data").size_bytes == 100 * MIB, "it has grown")
+    until(lambda: not node.view("data").message, "nothing waits")
 
 
 def test_a_replica_that_was_killed_starts_with_its_old_size_and_follows(node: NodeHarness) -> None:

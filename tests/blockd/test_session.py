@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from typing import Any, cast
 
 from blockd.daemons.handshake import Session
@@ -15,6 +16,7 @@ def test_signs_of_life_are_not_taken_for_the_answer() -> None:
     ours, theirs = socket.socketpair()
     session = Session.__new__(Session)
     session.address, session.socket = "unix:x", cast(Any, ours)
+    session._now = time.monotonic
 
     def replica() -> None:
         for answer in (wire.FLUSHED, wire.ANSWER):

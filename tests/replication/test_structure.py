@@ -399,6 +399,19 @@ def test_a_volume_cannot_shrink_and_may_stay_as_it_is() -> None:
     assert record_of(world).config_seq == 0
 
 
+def test_a_member_that_is_lost_while_it_grows_is_out_before_the_volume_is_larger() -> None:
+    """Its answer is the last one to come, and comes as an error."""
+    world = World(2, size_bytes=2 << 20)
+    world.pipes["r1"].stalled = True
+    outcome = grown(world, 4 << 20)
+    world.settle()
+    world.engine.fail(world.link("r1"), "killed")
+    world.settle()
+    assert outcome == [None]
+    for record in (*world.authority.history, record_of(world)):
+        assert record.size_bytes == 2 << 20 or record.members["r1"].state == OUT
+
+
 def test_a_member_that_cannot_grow_is_put_out_before_the_volume_is_larger() -> None:
     world = World(3, size_bytes=2 << 20)
     full = StorageError("disk full", errno=errno.ENOSPC)

@@ -115,7 +115,7 @@ def test_system_calls_that_fail_are_storage_errors(
 def test_begin_sync_leaves_a_mapped_index_as_long_as_it_is(tmp_path: Path) -> None:
     replica = Model(tmp_path / "replica").replica
     old = replica.index
-    replica.begin_sync(tree_of(replica), 1, "v", "v", 2 << 20)
+    replica.begin_sync(tree_of(replica), 1, "v", "v", 2 << 20, fresh=True)
     assert os.fstat(old.fd).st_nlink == 0
     assert os.fstat(old.fd).st_size == len(old.memory)
 

@@ -178,3 +178,30 @@ def test_growing_takes_no_space_but_that_of_the_dirty_log(tmp_path: Path) -> Non
     model.replica.grow(1 << 40)
     zones = (1 << 40) // ZONE_BYTES
     assert model.replica.allocated_bytes() - before <= zones * 8 + (64 << 10)
+
+
+def test_a_replica_larger_than_its_volume_keeps_its_content_when_it_is_made_equal(
+    tmp_path: Path,
+) -> None:
+    source, target = grown(tmp_path / "a", 7), Model(tmp_path / "b").replica
+    source.replica.flush()
+    Sync(source.replica, target, 0).run()
+    target.grow(LARGER)
+    sync = Sync(source.replica, target, 0).run()
+    assert (sync.new, sync.copied_blocks) == (set(), 0)
+    assert target.size_bytes == LARGER
+    assert read_blocks(target, BLOCK_COUNT, 2) == [ZERO] * 2
+
+
+def test_what_is_prepared_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = grown(tmp_path / "replica", 3)
+    model.replica.flush()
+    model.replica.prepare_to_grow(16 << 30)()
+    model.check()
+    synced: list[int] = []
+    monkeypatch.setattr("snapshots.layer.os.fsync", synced.append)
+    model.replica.grow(16 << 30)
+    assert len(synced) <= 2, "replica.json and its directory"
+    model.check()

@@ -14,7 +14,7 @@ from protocol.errors import ConflictError, StateError
 from protocol.units import SNAPSHOTS_MAX
 from snapshots.replica import Replica
 from tests.snapshots.equalize import tree_of
-from tests.snapshots.model import RANGES, REGION, Model, fill, read_blocks
+from tests.snapshots.model import RANGES, REGION, SIZE_BYTES, Model, fill, read_blocks
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_an_incomplete_replica_refuses_reads_and_stays_incomplete(model: Model) 
     model.replica.close()
     replica = Replica.open(model.path)
     assert not replica.complete
-    assert replica.size_bytes == 1 << 20
+    assert replica.size_bytes == SIZE_BYTES, "a replica does not shrink"
     replica.end_sync()
     replica.close()
     assert Replica.open(model.path).complete
