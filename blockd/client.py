@@ -157,10 +157,17 @@ class Client:
         return _object(self._call("GET", _snapshot_path(volume, name)))
 
     def snapshot_create(
-        self, volume: str, name: str, labels: Mapping[str, str], *, wait: float = WAIT_SECONDS
+        self,
+        volume: str,
+        name: str,
+        labels: Mapping[str, str],
+        *,
+        freeze: bool = False,
+        wait: float = WAIT_SECONDS,
     ) -> Json:
         """Take a snapshot; it is durable when this returns."""
-        body = {"name": check_name("snapshot", name), "labels": dict(labels)}
+        body: Json = {"name": check_name("snapshot", name), "labels": dict(labels)}
+        body |= {"freeze": True} if freeze else {}
         path = f"{_volume_path(volume)}/snapshots"
         return _object(self._call("POST", path, body=body, wait=wait))
 

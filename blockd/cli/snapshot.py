@@ -33,10 +33,16 @@ def snapshot() -> None:
 Examples:
   blockd snapshot create data@monday
   blockd snapshot create data@before-upgrade --label ticket=17
+  blockd snapshot create data@nightly --freeze
 """
 )
 @snapshot_argument
 @label_option
+@click.option(
+    "--freeze",
+    is_flag=True,
+    help="Freeze the file system that blockd has mounted meanwhile: it is whole in the snapshot.",
+)
 @timeout_option
 @output_option
 @pass_settings
@@ -44,13 +50,14 @@ def create(
     settings: Settings,
     snapshot: tuple[str, str],
     labels: dict[str, str],
+    freeze: bool,
     timeout: float,
     output: str,
 ) -> None:
     """Take a snapshot; it is durable when this returns."""
     volume, name = snapshot
     with settings.client() as client, waiting(f"taking snapshot {volume}@{name}"):
-        made = client.snapshot_create(volume, name, labels, wait=timeout)
+        made = client.snapshot_create(volume, name, labels, freeze=freeze, wait=timeout)
     out.show(made, output, lambda view: out.snapshot_table([view], volume_name=volume))
 
 

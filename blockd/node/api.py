@@ -208,7 +208,8 @@ def snapshot_create(
     operations: Ops, name: FromPath[str], data: JSONBody[SnapshotBody], wait: Wait = WAIT_SECONDS
 ) -> SnapshotView:
     """Make a snapshot."""
-    return operations.snapshot_create(name, data.name, checked_labels(data.labels), wait)
+    labels = checked_labels(data.labels)
+    return operations.snapshot_create(name, data.name, labels, wait, data.freeze)
 
 
 @get("/v1/volumes/{name:str}/snapshots/{snapshot:str}", sync_to_thread=True)

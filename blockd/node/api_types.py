@@ -52,10 +52,11 @@ class MountBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SnapshotBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A snapshot to make."""
+    """A snapshot to make; `freeze`: while the mounted file system is frozen."""
 
     name: str
     labels: dict[str, str] = {}
+    freeze: bool = False
 
 
 class RevertBody(msgspec.Struct, forbid_unknown_fields=True):

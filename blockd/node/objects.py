@@ -163,10 +163,11 @@ class Replica(msgspec.Struct):
 
 
 class SnapshotSpec(msgspec.Struct):
-    """Which volume, and the snapshot's name there."""
+    """Which volume, and the snapshot's name there; `freeze`: with its file system frozen."""
 
     volume: str
     name: str
+    freeze: bool = False
 
 
 class SnapshotStatus(msgspec.Struct):

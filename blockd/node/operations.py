@@ -34,6 +34,7 @@ from blockd.node.objects import (
     snapshot_key,
 )
 from blockd.node.reconcile_devices import no_device_text
+from blockd.node.reconcile_snapshots import mount_to_freeze
 from blockd.node.store import find, modify
 from blockd.node.supervisor import DaemonSpec
 from blockd.node.views import (
@@ -49,6 +50,7 @@ from protocol.errors import ConflictError, DeadlineError, NotFoundError, Request
 from protocol.units import REPLICAS_MAX, SNAPSHOTS_MAX, check_name, check_size
 from replication.authority import IN_SYNC, Record
 
+Labels = dict[str, str]
 POLL_SECONDS = 0.05
 
 
@@ -117,7 +119,7 @@ class Operations:
             if size_bytes < item.spec.size_bytes:
                 raise RequestError(
                     f"volume {name} has {item.spec.size_bytes} bytes and cannot shrink to "
-                    f"{size_bytes}; choose a larger size, or copy what you need to a smaller volume"
+                    f"{size_bytes}; choose a larger size"
                 )
             item.spec.size_bytes = size_bytes
 
@@ -256,10 +258,12 @@ class Operations:
         return snapshot_view(item, self._record(volume))
 
     def snapshot_create(
-        self, volume: str, name: str, labels: dict[str, str], wait_seconds: float
+        self, volume: str, name: str, labels: Labels, wait_seconds: float, freeze: bool = False
     ) -> SnapshotView:
         """A new snapshot; durable when this returns after a wait."""
-        self._volume(volume)
+        item_volume = self._volume(volume)
+        if freeze:
+            mount_to_freeze(item_volume)
         check_name("snapshot", name)
         key = snapshot_key(volume, name)
         count = len(self._context.snapshots_of(volume))
@@ -269,7 +273,9 @@ class Operations:
                 f"one first: `blockd snapshot rm {volume}@NAME`"
             )
         metadata = Metadata(name=key, labels=labels, finalizers=[SNAPSHOT_FINALIZER])
-        item = self._store.create(Snapshot(metadata=metadata, spec=SnapshotSpec(volume, name)))
+        item = self._store.create(
+            Snapshot(metadata=metadata, spec=SnapshotSpec(volume, name, freeze))
+        )
         deadline = time.monotonic() + wait_seconds
         while wait_seconds > 0 and not item.status.ready:
             problem = item.status.problem

@@ -4,15 +4,18 @@ The volume daemon knows what is; a snapshot it has under the wanted name is this
 just before a crash kept that from being written down.
 
 A snapshot of a mounted volume holds what was written to files before it was asked for: the file
-system is written back first. It is not frozen, because a node service that ends in between would
-leave it so; its journal makes the snapshot as good as a disk after a power cut.
+system is written back first. Its journal makes the snapshot as good as a disk after a power cut. If
+asked for, it is frozen besides (freeze.py): then the snapshot is as good as an unmounted one.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from blockd.node import control, mounts
 from blockd.node.context import SNAPSHOT_FINALIZER, Context, log
 from blockd.node.control import Answer
+from blockd.node.freeze import frozen
 from blockd.node.objects import (
     Metadata,
     Problem,
@@ -23,7 +26,7 @@ from blockd.node.objects import (
 )
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import DaemonSpec
-from protocol.errors import BlockdError, NotFoundError
+from protocol.errors import BlockdError, ConflictError, NotFoundError
 
 
 class SnapshotReconciler:
@@ -65,15 +68,7 @@ class SnapshotReconciler:
         try:
             if there is None and volume.status.device is not None:
                 mounts.write_back(volume.status.device)
-            made = (
-                there
-                or control.ask(
-                    daemon.control,
-                    "snapshot-create",
-                    name=item.spec.name,
-                    labels=item.metadata.labels,
-                )["snapshot"]
-            )
+            made = there or _create(item, daemon, volume)
         except BlockdError as error:
             problem = Problem(error.code, str(error), error.retry)
             log.warning("snapshot %s: %s", key, error)
@@ -113,6 +108,40 @@ class SnapshotReconciler:
         )
         size_bytes = volume.spec.size_bytes
         modify_status(self._context.store, Snapshot, key, lambda s: _ready(s, there, size_bytes))
+
+
+def _create(item: Snapshot, daemon: DaemonSpec, volume: Volume) -> Answer:
+    """Have the volume daemon make it; a frozen one that was not frozen to the end goes again."""
+    name, made = item.spec.name, False
+    try:
+        with _frozen(item, volume):
+            answer = control.ask(
+                daemon.control, "snapshot-create", name=name, labels=item.metadata.labels
+            )
+            made = True
+    except BlockdError:
+        if made:
+            control.ask(daemon.control, "snapshot-remove", name=name)
+        raise
+    snapshot: Answer = answer["snapshot"]
+    return snapshot
+
+
+def _frozen(item: Snapshot, volume: Volume) -> AbstractContextManager[None]:
+    if not item.spec.freeze:
+        return nullcontext()
+    return frozen(mount_to_freeze(volume))
+
+
+def mount_to_freeze(volume: Volume) -> str:
+    """Where blockd has mounted the volume, or ConflictError."""
+    if volume.status.mount is None:
+        name = volume.metadata.name
+        raise ConflictError(
+            f"volume {name} is not mounted by blockd, so there is no file system to freeze; mount "
+            f"it (`blockd volume mount {name}`), or take the snapshot without --freeze"
+        )
+    return volume.status.mount
 
 
 def _waits(item: Snapshot) -> bool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from blockd.frontends import choose, processes, tools
 from blockd.frontends.fuse import FuseFrontEnd
 from blockd.node import mounts
+from blockd.node.views import VolumeView
 from protocol.errors import ConflictError, RequestError
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, until
 
@@ -200,3 +202,71 @@ def test_auto_falls_back_to_the_socket_where_fuse_cannot_work(
 
 def _allocated(directory: str) -> int:
     return sum(path.stat().st_blocks * 512 for path in Path(directory).rglob("*") if path.is_file())
+
+
+def _features(view: VolumeView, snapshot: str, path: Path) -> str:
+    """What ext4 says of itself in a snapshot."""
+    assert view.nbd_uri
+    uri = view.nbd_uri.replace("/data?", f"/data@{snapshot}?")
+    subprocess.run(["nbdcopy", uri, str(path)], check=True)
+    shown = subprocess.run(
+        ["dumpe2fs", "-h", str(path)], capture_output=True, text=True, check=True
+    )
+    return next(
+        line for line in shown.stdout.splitlines() if line.startswith("Filesystem features")
+    )
+
+
+@needs_fuse
+def test_a_frozen_file_system_is_whole_in_the_snapshot_and_goes_on(
+    node: NodeHarness, tmp_path: Path
+) -> None:
+    node.create("data")
+    view = node.attach("data", "fuse")
+    with pytest.raises(ConflictError, match="not mounted by blockd"):
+        node.operations.snapshot_create("data", "early", {}, WAIT_SECONDS, freeze=True)
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    where = Path(view.mount.path)
+    _fill(where)
+    node.operations.snapshot_create("data", "running", {}, WAIT_SECONDS)
+    node.operations.snapshot_create("data", "frozen", {}, WAIT_SECONDS, freeze=True)
+    (where / "after").write_bytes(b"x")  # would hang
+    os.sync()
+    assert "needs_recovery" in _features(view, "running", tmp_path / "a")
+    assert "needs_recovery" not in _features(view, "frozen", tmp_path / "b")
+
+
+@needs_fuse
+@pytest.mark.parametrize("victim", ["caller", "keeper", "nobody"])
+def test_a_file_system_is_thawed_whoever_is_killed(
+    node: NodeHarness, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("data")
+    node.attach("data", "fuse")
+    view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
+    assert view.mount
+    where = Path(view.mount.path)
+    code = (
+        "import sys; from blockd.node import freeze\n"
+        f"freeze.FROZEN_SECONDS_MAX = {WAIT_SECONDS}\n"
+        "with freeze.frozen(sys.argv[1]):\n"
+        "    print('in', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(where)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as caller:
+        assert caller.stdout
+        assert caller.stdin
+        assert caller.stdout.readline() == b"in\n"
+        keeper = int(Path(f"/proc/{caller.pid}/task/{caller.pid}/children").read_text())
+        with subprocess.Popen(["touch", str(where / "new")]) as writer:
+            assert writer.poll() is None
+            if victim == "keeper":
+                os.kill(keeper, signal.SIGKILL)
+            if victim == "caller":
+                caller.kill()
+            else:
+                caller.stdin.close()
+            assert writer.wait(WAIT_SECONDS) == 0
+    assert (where / "new").exists()
