@@ -303,7 +303,13 @@ class Structure:
         self._refuse_during_rebuild("change the size")
         self._refuse_when_full("change the size")
 
+        larger: set[str] = set()  # members that have grown
+
         def change(record: Record) -> Record:
+            members = record.members.items()
+            smaller = [u for u, member in members if member.state == IN_SYNC and u not in larger]
+            if smaller:  # the last one in sync: it was lost meanwhile and is not put OUT
+                raise StateError(f"replica {smaller[0]} was lost while it grew; try again")
             # The members note the configuration: an older record would hide the new part.
             return replace(record, size_bytes=size_bytes, config_seq=record.config_seq + 1)
 
@@ -317,6 +323,7 @@ class Structure:
             if error is not None:
                 done(error)
             else:  # members that were lost meanwhile are OUT before the record is larger
+                larger.update(link.replica_uuid for link in engine.targets if link.connected)
                 engine.ledger.change(lambda r: r, lambda _: engine.ledger.change(change, recorded))
 
         control_all(engine, {"do": "grow", "size_bytes": size_bytes}, grown)

@@ -412,6 +412,26 @@ def test_a_member_that_is_lost_while_it_grows_is_out_before_the_volume_is_larger
         assert record.size_bytes == 2 << 20 or record.members["r1"].state == OUT
 
 
+def test_the_last_member_is_lost_while_it_grows_and_the_volume_stays_as_it_is() -> None:
+    """Another one had grown, and was lost before: it is OUT, and the last one is all there is."""
+    world = World(2, size_bytes=2 << 20)
+    world.pipes["r1"].stalled = True
+    outcome = grown(world, 4 << 20)
+    world.settle()
+    assert world.replicas["r0"].size_bytes == 4 << 20
+    world.authority.away = True
+    world.engine.fail(world.link("r0"), "killed")
+    world.engine.fail(world.link("r1"), "killed")
+    world.settle()
+    world.authority.away = False
+    world.clock.advance(1)
+    world.settle()
+    assert isinstance(outcome[0], StateError)
+    record = record_of(world)
+    assert record.size_bytes == 2 << 20
+    assert [member.state for member in record.members.values()].count(IN_SYNC) == 1
+
+
 def test_a_member_that_cannot_grow_is_put_out_before_the_volume_is_larger() -> None:
     world = World(3, size_bytes=2 << 20)
     full = StorageError("disk full", errno=errno.ENOSPC)

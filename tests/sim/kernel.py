@@ -111,8 +111,12 @@ class Kernel:
 
     def at(self, delay: float, process: Process | None, call: Call) -> Event:
         """Call it after `delay` seconds, in the name of `process`."""
+        return self.at_time(self.now + delay, process, call)
+
+    def at_time(self, when: float, process: Process | None, call: Call) -> Event:
+        """Call it at `when`; what is asked for first comes first, if the time is the same."""
         self._count += 1
-        event = [self.now + delay, self._count, process, call]
+        event = [when, self._count, process, call]
         heapq.heappush(self._heap, event)
         return event
 

@@ -48,10 +48,10 @@ class Pipe:
         if len(data) > 64 and random.random() < 0.1:
             split = random.randrange(1, len(data))
             head, data = data[:split], data[split:]
-            kernel.at(at - kernel.now, None, lambda: self._arrive(head))
+            kernel.at_time(at, None, lambda: self._arrive(head))
             at += random.expovariate(1e4)
         self.arrives_at = at
-        kernel.at(at - kernel.now, None, lambda: self._arrive(data))
+        kernel.at_time(at, None, lambda: self._arrive(data))
 
     def _arrive(self, data: bytes) -> None:
         if self.lossy:
