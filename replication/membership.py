@@ -103,11 +103,11 @@ def tell_config(engine: Engine, done: Callable[[], None], besides: Link | None =
 
     Whoever opens the volume with an older record than that will be refused (rule 11).
     """
-    waiting = {link for link in engine.targets if link is not besides and link.connected}
+    waiting = [link for link in engine.targets if link is not besides and link.connected]
     content = {"do": "config", "config_seq": engine.record.config_seq}
 
     def told(link: Link) -> None:
-        waiting.discard(link)
+        waiting.remove(link)
         if not waiting:
             done()
 

@@ -343,7 +343,7 @@ class Structure:
 
     def _refuse_during_rebuild(self, what: str) -> None:
         if self._engine.rebuilds:
-            names = ", ".join(item.link.replica_uuid for item in self._engine.rebuilds)
+            names = ", ".join(sorted(item.link.replica_uuid for item in self._engine.rebuilds))
             raise StateError(
                 f"cannot {what} of volume {self._engine.record.volume_name} during the rebuild of "
                 f"replica {names}; wait until it has ended"

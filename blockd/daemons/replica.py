@@ -35,7 +35,7 @@ class ReplicaDaemon:
         self.service = ReplicaService(loop, replica)
         self.key = key
         self._started = process.timestamp()
-        self._sessions: set[ReplicaSession] = set()
+        self._sessions: dict[ReplicaSession, None] = {}  # oldest first
         self._control: ControlServer | None = None
         self._socket, self.address = loop.listen(listen)
         loop.register(self._socket.fileno(), READ, self._accept)
@@ -52,12 +52,12 @@ class ReplicaDaemon:
         sock.setblocking(False)
         addresses.tune(sock)
         session = ReplicaSession(self, sock)
-        self._sessions.add(session)
+        self._sessions[session] = None
         self.loop.later(PROOF_SECONDS_MAX, session.expire)
 
     def session_closed(self, session: ReplicaSession, reason: str) -> None:
         """Forget a session."""
-        self._sessions.discard(session)
+        self._sessions.pop(session, None)
         self.service.released(session)
         process.log(f"session ended: {reason}")
 

@@ -211,7 +211,7 @@ class VolumeDaemon:
             or engine.rebuilds
             or engine.scrub
         ):
-            for rebuild in list(engine.rebuilds):
+            for rebuild in sorted(engine.rebuilds, key=lambda each: each.link.replica_uuid):
                 rebuild.abort("the volume daemon stops")
             if engine.scrub is not None:
                 engine.scrub.abort("the volume daemon stops")
