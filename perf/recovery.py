@@ -259,6 +259,25 @@ def _foreground(volume: Volume, seconds: int) -> float:
     return max(worst) / 1e6
 
 
+def run(
+    scenario: Callable[[Volume, argparse.Namespace], None],
+    replicas: int,
+    size: str,
+    options: argparse.Namespace,
+) -> None:
+    """One scenario with a volume below `options.directory`; nothing is left of it."""
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="perf") as directory:
+        volume = Volume(Path(directory), replicas, size)
+        try:
+            volume.start()
+            volume.until_ready()
+            scenario(volume, options)
+            volume.end()
+        finally:
+            for name in list(volume.processes):
+                volume.kill(name)
+
+
 SCENARIOS = {  # what to do, and with how many replicas of which size by default
     "crash": (crash, 2, "1T", "20G"),
     "absence": (absence, 3, "8G", "2G"),
@@ -279,16 +298,7 @@ def main() -> None:
     options = parse.parse_args()
     scenario, replicas, size, written = SCENARIOS[options.scenario]
     options.written = options.written or written
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="recovery") as directory:
-        volume = Volume(Path(directory), replicas, size)
-        try:
-            volume.start()
-            volume.until_ready()
-            scenario(volume, options)
-            volume.end()
-        finally:
-            for name in list(volume.processes):
-                volume.kill(name)
+    run(scenario, replicas, size, options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from bisect import bisect_left
 from pathlib import Path
 
-from perf.recovery import MIB, Volume, fio, write
+from perf.recovery import MIB, Volume, fio, run, write
 from protocol.units import parse_size
 
 DEPTHS = (1, 16, 64, 254)
@@ -144,16 +144,7 @@ def main() -> None:
     parse.add_argument("--changed", default="4M", help="depth: written between snapshots (4M)")
     parse.add_argument("--rounds", type=int, default=3, help="depth: medians of so many (3)")
     options = parse.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="snapshots") as directory:
-        volume = Volume(Path(directory), 1, "4G")
-        try:
-            volume.start()
-            volume.until_ready()
-            SCENARIOS[options.scenario](volume, options)
-            volume.end()
-        finally:
-            for name in list(volume.processes):
-                volume.kill(name)
+    run(SCENARIOS[options.scenario], 1, "4G", options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ then the data; except in WRITE only blocks that have data (entry > 3) follow, de
 payloads are JSON objects. What no map entry protects is covered by a CRC32C in `length`: the whole
 payload of READ, EXTENT_LIST, LAYER_DIGESTS and control messages, the map entries of LAYER_DATA,
 LAYER_WRITE and MEND. LAYER_* are about blocks of one region of a logical layer (a layer and what is
-being folded into it, replication/trees.py); with a `length` other than 0, LAYER_HASH is about what
+being folded into it, protocol/trees.py); with a `length` other than 0, LAYER_HASH is about what
 is on the disk, not in memory.
 
 READ asks for several ranges of blocks at once, numbered from `sequence` on: what a client sent in

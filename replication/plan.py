@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from protocol.errors import BlockdError
+from protocol.trees import Tree
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE
-from replication.trees import Tree
 from replication.walks import Question, ask_regions
 
 if TYPE_CHECKING:

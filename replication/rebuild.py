@@ -26,12 +26,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import BlockdError, ConflictError, NotFoundError, PeerError, StateError
+from protocol.trees import logical_tree
 from replication import membership
 from replication.authority import IN_SYNC, OUT, SYNCING, Record
 from replication.copyjobs import CopyJobs
 from replication.pace import Pace
 from replication.plan import Plan, check_jobs
-from replication.trees import logical_tree
 from replication.turns import Done
 from replication.walks import ask
 

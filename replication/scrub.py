@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, NotFoundError, PeerError, StateError
+from protocol.trees import Tree, logical_tree
 from protocol.units import BLOCKS_PER_REGION
 from replication.authority import IN_SYNC, Record
 from replication.copyjobs import BAD_DIGEST, DIGEST_BYTES
 from replication.pace import Pace
 from replication.plan import JOB_BLOCKS, job_starts
-from replication.trees import Tree, logical_tree
 from replication.walks import Answered, Failed, Question, ask, ask_regions
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 
 from protocol.checksum import ABSENT
 from protocol.errors import RequestError, StateError, StorageError
-from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE, check_size
+from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE
 from snapshots import chain, directory
 from snapshots.growing import Growing
 from snapshots.layer import create_layer, layer_path
@@ -50,10 +50,9 @@ class Copying(Growing):
         changed elsewhere, its own dirty ones, and the layers that must be compared in all zones,
         because they are new here. StateError: it cannot be kept, take it `fresh`.
         """
-        check_size(size_bytes)
         if self._flushes_running:
             raise StateError("a flush is still running; repeat begin_sync after it")
-        self.grow(max(size_bytes, self.size_bytes))
+        self.grow(size_bytes)
         wanted = tuple(_layer_info(layer) for layer in tree)
         base = replace(
             self.metadata,
@@ -126,13 +125,7 @@ class Copying(Growing):
 
     def _adopt_tree(self, target: Metadata) -> None:
         """Commit to a tree whose files are there, and open them."""
-        self.commit(target)
-        try:
-            with self.changing():
-                self._load(target)
-        except StorageError:
-            self.failed = True
-            raise
+        self._open_anew(target)
         self._clearable = dict.fromkeys(self.dirty.dirty_zones(), 0)
         self.content_replaced()
 

@@ -18,7 +18,7 @@ from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE, check_size
 from snapshots import distrust
 from snapshots.dirty import dirty_bytes, header
 from snapshots.index import index_bytes
-from snapshots.layer import check_layer, create_layer, extend_layer, layer_path
+from snapshots.layer import check_layer, create_layer, file_bytes, layer_path
 from snapshots.metadata import FILE_NAME, PENDING_NAME, LayerInfo, Metadata, MetadataFile
 from snapshots.reserve import Reserve
 from snapshots.syscalls import storage_error, sync_directory, write_all
@@ -110,22 +110,24 @@ def extend_files(path: str, metadata: Metadata) -> None:
     block_count = metadata.size_bytes // BLOCK_BYTES
     zone_count = -(-block_count // BLOCKS_PER_ZONE)
     for layer in metadata.layers:
-        extend_layer(layer_path(path, layer.id), metadata.size_bytes)
-    for name, length, filled in (
-        ("index", index_bytes(block_count), False),
-        ("dirty.log", dirty_bytes(zone_count), True),
-    ):
-        fd = os.open(os.path.join(path, name), os.O_RDWR)
-        try:
-            there = os.fstat(fd).st_size
-            if there < length:
-                if filled:  # so that setting a bit can never run out of space
-                    write_all(fd, bytes(length - there), there)
-                else:
-                    os.ftruncate(fd, length)
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        _extend_file(layer_path(path, layer.id), file_bytes(metadata.size_bytes))
+    _extend_file(os.path.join(path, "index"), index_bytes(block_count))
+    # Filled, so that setting a bit can never run out of space.
+    _extend_file(os.path.join(path, "dirty.log"), dirty_bytes(zone_count), filled=True)
+
+
+def _extend_file(path: str, length: int, *, filled: bool = False) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        there = os.fstat(fd).st_size
+        if there < length:
+            if filled:
+                write_all(fd, bytes(length - there), there)
+            else:
+                os.ftruncate(fd, length)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _make_file(path: str, length: int, content: bytes) -> None:

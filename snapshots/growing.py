@@ -14,6 +14,7 @@ from protocol.errors import StateError, StorageError
 from protocol.units import check_size
 from snapshots import directory
 from snapshots.logical import Logical
+from snapshots.metadata import Metadata
 from snapshots.syscalls import storage_error
 
 
@@ -47,16 +48,20 @@ class Growing(Logical):
             directory.extend_files(self.path, target)
         except OSError as error:
             raise storage_error("extending replica", self.path, error) from error
-        self.commit(target)
         clearable, condemned = self._clearable, self._condemned
+        self._open_anew(target)
+        self._clearable, self._condemned = clearable, condemned
+        self.content_replaced()
+
+    def _open_anew(self, target: Metadata) -> None:
+        """Commit to metadata whose files are there, and open them."""
+        self.commit(target)
         try:
             with self.changing():
                 self._load(target)
         except StorageError:
             self.failed = True
             raise
-        self._clearable, self._condemned = clearable, condemned
-        self.content_replaced()
 
     def content_replaced(self) -> None:
         """Called when content was replaced from outside, or its tables were made anew."""

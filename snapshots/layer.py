@@ -28,7 +28,7 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
@@ -94,17 +94,6 @@ def create_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -
         raise storage_error("creating layer", path, error) from error
 
 
-def extend_layer(path: str, size_bytes: int) -> None:
-    """Make a layer file long enough for a larger volume; durable on return."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        if os.fstat(fd).st_size < file_bytes(size_bytes):
-            os.ftruncate(fd, file_bytes(size_bytes))
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
     """Refuse a layer file that is missing, too short or of someone else.
 
@@ -137,6 +126,17 @@ def next_region(layers: Iterable[LayerFile], region: int) -> int:
     """The first region from `region` on in which one of some layers has an entry, or -1."""
     found = [layer.next_region(region) for layer in layers]
     return min((number for number in found if number >= 0), default=-1)
+
+
+def look_ahead(layers: Sequence[LayerFile], nexts: list[int], region: int) -> None:
+    """Keep in `nexts` the first region from `region` on of each layer; beyond the end: none.
+
+    For a walk upwards: only layers whose last answer lies behind are asked again. Begin with -1.
+    """
+    for number, layer in enumerate(layers):
+        if nexts[number] < region:
+            following = layer.next_region(region)
+            nexts[number] = following if following >= 0 else layer.region_count
 
 
 class LayerFile:

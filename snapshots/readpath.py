@@ -18,7 +18,7 @@ from protocol.checksum import ABSENT, UNUSABLE, ZEROS, block_checksum, crc32c
 from protocol.errors import BlockdError, NotFoundError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
-from snapshots.layer import LayerFile
+from snapshots.layer import LayerFile, look_ahead
 from snapshots.masks import resolve, run_length
 from snapshots.reserve import FULL_DISK
 from snapshots.store import Store
@@ -293,10 +293,7 @@ class ReadPath(Store):
 
         for block, length in pieces(first_block, count):
             region = block >> 10
-            for number, layer in enumerate(layers):
-                if nexts[number] < region:
-                    following = layer.next_region(region)
-                    nexts[number] = following if following >= 0 else layer.region_count
+            look_ahead(layers, nexts, region)
             if region not in nexts:
                 add(length, False)
                 continue

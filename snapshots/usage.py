@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from protocol.trees import logical_tree
 from protocol.units import BLOCK_BYTES
-from snapshots.chain import Layers
-from snapshots.layer import LayerFile
+from snapshots.chain import Layers, between
+from snapshots.layer import LayerFile, look_ahead
 from snapshots.logical import Logical
 from snapshots.masks import EVERY_BLOCK, masks
 
@@ -29,17 +30,15 @@ def usage(
     files = {info.id: store.layer_file(info.id) for info in store.metadata.layers}
     logical = logical_layers(store.metadata.layers, store.metadata.head_id)
     found: Usage = {layer.layer_id: [0, 0] for layer in logical}
-    nexts = dict.fromkeys(files, -1)
+    nexts = [-1] * len(files)
     region = first_region
     while True:
-        for layer_id, file in files.items():
-            if nexts[layer_id] < region:
-                following = file.next_region(region)
-                nexts[layer_id] = following if following >= 0 else file.region_count
-        region = min(nexts.values())
+        look_ahead(list(files.values()), nexts, region)
+        region = min(nexts)
         if region >= store.head.region_count:
             return found, None
-        here = {layer_id: file for layer_id, file in files.items() if nexts[layer_id] == region}
+        ahead = zip(files.items(), nexts, strict=True)
+        here = {layer_id: file for (layer_id, file), at in ahead if at == region}
         _count(logical, here, region, found)
         region += 1
         if out_of_time():
@@ -58,29 +57,18 @@ class LogicalLayer:
 
 def logical_layers(layers: Layers, head_id: int) -> list[LogicalLayer]:
     """The logical layers, parents first; deleted ones that nothing stands on are left out."""
-    by_id = {layer.id: layer for layer in layers}
-    live = {layer.id for layer in layers if layer.id == head_id or not layer.removed}
-    children: dict[int, set[int]] = {}  # that lead to a live layer
-    for layer_id in live:
-        while parent := by_id[layer_id].parent:
-            children.setdefault(parent, set()).add(layer_id)
-            layer_id = parent
-    kept = live | {layer_id for layer_id, above in children.items() if len(above) > 1}
-    groups = {}
-    for layer_id in sorted(kept):  # ids grow from parent to child
-        group, parent = [layer_id], by_id[layer_id].parent
-        while parent and parent not in kept:
-            group.append(parent)
-            parent = by_id[parent].parent
-        groups[layer_id] = (parent, tuple(group))
+    parents = {
+        layer["id"]: layer["parent"]
+        for layer in logical_tree([vars(info) for info in layers], head_id)
+    }
     return [
         LogicalLayer(
             layer_id,
-            parent,
-            group,
-            tuple(c for c, (below, _) in groups.items() if below == layer_id),
+            parent_id,
+            tuple(info.id for info in between(layers, layer_id, parent_id)),
+            tuple(child for child, below in parents.items() if below == layer_id),
         )
-        for layer_id, (parent, group) in groups.items()
+        for layer_id, parent_id in parents.items()
     ]
 
 

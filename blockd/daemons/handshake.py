@@ -14,6 +14,7 @@ from typing import Any
 from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, PeerError, from_code
+from replication.watch import WORK_SECONDS_MAX
 
 _HELLO_FIELDS = {
     "replica_uuid": str,
@@ -29,7 +30,6 @@ _HELLO_FIELDS = {
     "recent": dict,
     "unbroken": bool,
 }
-BUSY_SECONDS_MAX = 30.0  # as long as anything may take that waits for a disk (watch.py)
 TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 
 
@@ -82,11 +82,11 @@ class Session:
         try:
             self.socket.sendall(wire.json_frame(operation, 0, content))
             answer, payload = self._message()
-            deadline = self._now() + BUSY_SECONDS_MAX
+            deadline = self._now() + WORK_SECONDS_MAX
             while answer == wire.BUSY:  # a flush on a slow disk: it says that it lives
                 if self._now() > deadline:
                     raise PeerError(
-                        f"the replica at {self.address} is still busy after {BUSY_SECONDS_MAX:g} s"
+                        f"the replica at {self.address} is still busy after {WORK_SECONDS_MAX:g} s"
                     )
                 answer, payload = self._message()
         except OSError as error:

@@ -261,9 +261,9 @@ class Operations:
         self, volume: str, name: str, labels: Labels, wait_seconds: float, freeze: bool = False
     ) -> SnapshotView:
         """A new snapshot; durable when this returns after a wait."""
-        item_volume = self._volume(volume)
+        found = self._volume(volume)
         if freeze:
-            mount_to_freeze(item_volume)
+            mount_to_freeze(found)
         check_name("snapshot", name)
         key = snapshot_key(volume, name)
         count = len(self._context.snapshots_of(volume))

@@ -92,9 +92,7 @@ class Member:
         self.kill()
         self.refused = ""
         self.path += "-new"
-        self.disk.free_pages = None
-        self.disk.failing_syncs = self.disk.failing_writes = 0
-        self.disk.slow_seconds = 0.0
+        self.disk.heal()
         Replica.create(self.path, size_bytes=self.cluster.size_bytes, replica_uuid=self.uuid)
 
     def kill(self) -> None:

@@ -152,6 +152,13 @@ class Disk:
         self.slow_seconds = 0.0  # mean of each write and sync
         self.touched = False
 
+    def heal(self) -> None:
+        """Nothing is wrong with it from now on."""
+        self.free_pages = None
+        self.failing_syncs = self.failing_writes = 0
+        self.misdirect_next = False
+        self.slow_seconds = 0.0
+
     def cut_power(self, keep: float, tear: float) -> None:
         """What was not synced survives with the chance `keep`, perhaps in part."""
         for path in sorted(self.files):

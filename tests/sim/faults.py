@@ -109,11 +109,7 @@ class Faults:
         authority.away_for.clear()
         authority.lose_answers = authority.races = 0
         for member in self.cluster.members:
-            disk = member.disk
-            disk.free_pages = None
-            disk.failing_syncs = disk.failing_writes = 0
-            disk.misdirect_next = False
-            disk.slow_seconds = 0.0
+            member.disk.heal()
 
     # ---- helpers ------------------------------------------------------------------------------
 

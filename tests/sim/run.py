@@ -161,9 +161,8 @@ class Run:
             states = {u: m.state for u, m in record.members.items()} if record else {}
             raise Violation(f"not all members are in sync {PEACE_SECONDS:.0f} s later: {states}")
         volume = self.cluster.volumes[-1]
-        first = self.client.used[
-            0
-        ]  # renews the read lease: those that wait for it go to one member
+        first = self.client.used[0]
+        # This one renews the read lease: reads that wait for it all go to one member.
         self.kernel.at(0.0, volume.process, lambda: self.client.read_at(volume, first))
         self.kernel.run(lambda: not self.client.under_way, 1.0)
         self.kernel.at(0.0, volume.process, lambda: self._read_all(volume))

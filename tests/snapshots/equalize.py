@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from protocol.trees import logical_tree
 from protocol.units import BLOCKS_PER_REGION, REGIONS_PER_ZONE
-from replication.trees import logical_tree
 from snapshots.logical import DIGEST_BYTES
 from snapshots.replica import Replica
 
