@@ -182,6 +182,13 @@ class Client:
         path = f"{_snapshot_path(volume, name)}/revert"
         return _object(self._call("POST", path, body={"force": force}, wait=wait))
 
+    def snapshot_clone(
+        self, volume: str, name: str, body: Mapping[str, Any], *, wait: float = WAIT_SECONDS
+    ) -> Json:
+        """Make a new volume, described by `body`, with the content of a snapshot."""
+        path = f"{_snapshot_path(volume, name)}/clone"
+        return _object(self._call("POST", path, body=body, wait=wait))
+
     def snapshot_diff(self, volume: str, base: str, to: str) -> Iterator[list[int]]:
         """[offset, length] of the extents in which snapshot `to` (empty: the volume) may differ."""
         path = f"{_volume_path(volume)}/snapshots/{check_name('snapshot', base)}/diff"

@@ -92,7 +92,7 @@ class Structure:
     """Serialises the changes of one volume's layer tree."""
 
     def __init__(self, engine: Engine, timestamp: Callable[[], str]) -> None:
-        self._engine = engine
+        self.engine = engine
         self._timestamp = timestamp
 
     # ---- snapshot -------------------------------------------------------------------------
@@ -101,10 +101,10 @@ class Structure:
         """Seal the live volume as snapshot `name`."""
         check_name("snapshot", name)
         check_labels(labels)
-        self._engine.changes.take(lambda end: self._create(name, labels, end), done)
+        self.engine.changes.take(lambda end: self._create(name, labels, end), done)
 
     def _create(self, name: str, labels: dict[str, str], done: Done) -> None:
-        record = self._engine.record
+        record = self.engine.record
         if record.layer_named(name) is not None:
             raise ConflictError(
                 f"snapshot {record.volume_name}@{name} exists already; choose another name or "
@@ -116,7 +116,7 @@ class Structure:
             self._seal(name, labels, done)
 
     def _seal(self, name: str, labels: dict[str, str], done: Done) -> None:
-        engine, record = self._engine, self._engine.record
+        engine, record = self.engine, self.engine.record
         self._refuse_when_full("make a snapshot")
         if len(record.layers) >= SNAPSHOTS_MAX:
             done(
@@ -164,7 +164,7 @@ class Structure:
 
     def remove(self, name: str, done: Done) -> None:
         """Delete snapshot `name`; its space comes back in the background."""
-        self._engine.changes.take(lambda end: self._remove(name, end), done)
+        self.engine.changes.take(lambda end: self._remove(name, end), done)
 
     def _remove(self, name: str, done: Done) -> None:
         layer = self.find(name)
@@ -182,23 +182,23 @@ class Structure:
             else:
                 self._drop_layer(layer.id, lambda error: done(None))
 
-        self._engine.ledger.change(change, recorded)
+        self.engine.ledger.change(change, recorded)
 
     def _drop_layer(self, layer_id: int, done: Done, some: Iterable[Link] | None = None) -> None:
         """Tell members of a deletion that is recorded. Who refuses is told again, see below."""
-        control_all(self._engine, {"do": "remove", "layer_id": layer_id}, done, some)
+        control_all(self.engine, {"do": "remove", "layer_id": layer_id}, done, some)
 
     def forget_folded(self) -> None:
         """Drop the removed layers that no member has any more from the record.
 
         Members that still have one as if it was not removed are told again.
         """
-        if any(layer.removed for layer in self._engine.record.layers):
-            self._engine.changes.take(self._forget_folded, lambda error: None)
+        if any(layer.removed for layer in self.engine.record.layers):
+            self.engine.changes.take(self._forget_folded, lambda error: None)
 
     def _forget_folded(self, done: Done) -> None:
         """In a turn: ask every target for its tree, then record what is gone everywhere."""
-        engine = self._engine
+        engine = self.engine
         targets = list(engine.targets)
         present: set[int] = set()
         removed = {layer.id for layer in engine.record.layers if layer.removed}
@@ -246,10 +246,10 @@ class Structure:
 
     def revert(self, name: str, done: Done) -> None:
         """Make the live volume equal to snapshot `name`; later snapshots stay."""
-        self._engine.changes.take(lambda end: self._revert(name, end), done)
+        self.engine.changes.take(lambda end: self._revert(name, end), done)
 
     def _revert(self, name: str, done: Done) -> None:
-        engine = self._engine
+        engine = self.engine
         layer = self.find(name)
         self._refuse_during_rebuild("revert")
         self._refuse_when_full("revert")
@@ -287,10 +287,10 @@ class Structure:
     def grow(self, size_bytes: int, done: Done) -> None:
         """Make the volume `size_bytes` long; what is new reads as zeros."""
         check_size(size_bytes)
-        self._engine.changes.take(lambda end: self._grow(size_bytes, end), done)
+        self.engine.changes.take(lambda end: self._grow(size_bytes, end), done)
 
     def _grow(self, size_bytes: int, done: Done) -> None:
-        engine = self._engine
+        engine = self.engine
         name, before = engine.record.volume_name, engine.record.size_bytes
         if size_bytes < before:
             raise RequestError(
@@ -332,7 +332,7 @@ class Structure:
 
     def find(self, name: str) -> LayerRecord:
         """The layer of snapshot `name`, or NotFoundError."""
-        record = self._engine.record
+        record = self.engine.record
         layer = record.layer_named(name) if name else None
         if layer is None:
             raise NotFoundError(
@@ -342,19 +342,19 @@ class Structure:
         return layer
 
     def _refuse_during_rebuild(self, what: str) -> None:
-        if self._engine.rebuilds:
-            names = ", ".join(sorted(item.link.replica_uuid for item in self._engine.rebuilds))
+        if self.engine.rebuilds:
+            names = ", ".join(sorted(item.link.replica_uuid for item in self.engine.rebuilds))
             raise StateError(
-                f"cannot {what} of volume {self._engine.record.volume_name} during the rebuild of "
+                f"cannot {what} of volume {self.engine.record.volume_name} during the rebuild of "
                 f"replica {names}; wait until it has ended"
             )
 
     def _refuse_when_full(self, what: str) -> None:
         """It would wait behind writes that wait for space, and all trims behind it."""
-        if self._engine.room.full:
-            names = ", ".join(link.replica_uuid for link in self._engine.room.full)
+        if self.engine.room.full:
+            names = ", ".join(link.replica_uuid for link in self.engine.room.full)
             raise StateError(
-                f"cannot {what} of volume {self._engine.record.volume_name} while there is no "
+                f"cannot {what} of volume {self.engine.record.volume_name} while there is no "
                 f"space on the disk of replica {names}; trim the volume, delete snapshots or free "
                 "space there first"
             )
@@ -362,7 +362,7 @@ class Structure:
     @property
     def busy(self) -> bool:
         """Is a change under way?"""
-        return self._engine.changes.busy
+        return self.engine.changes.busy
 
 
 def adopt_unrecorded(record: Record, described: Mapping[str, Any]) -> Record:

@@ -59,6 +59,18 @@ def children(layers: Layers, layer_id: int) -> list[LayerInfo]:
     return [layer for layer in layers if layer.parent == layer_id]
 
 
+def removed(layers: Layers) -> list[tuple[LayerInfo, LayerInfo | None]]:
+    """The removed layers with at most one child, and that child."""
+    found = [layer for layer in layers if layer.removed]
+    if not found:
+        return []
+    below: dict[int, list[LayerInfo]] = {}
+    for layer in layers:
+        below.setdefault(layer.parent, []).append(layer)
+    pairs = [(layer, below.get(layer.id, [])) for layer in found]
+    return [(layer, next(iter(its), None)) for layer, its in pairs if len(its) <= 1]
+
+
 def replaced(layers: Layers, changed: LayerInfo) -> Layers:
     """The layers with one of them changed."""
     return tuple(changed if layer.id == changed.id else layer for layer in layers)

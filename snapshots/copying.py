@@ -22,7 +22,7 @@ from protocol.errors import RequestError, StateError, StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGIONS_PER_ZONE
 from snapshots import chain, directory
 from snapshots.growing import Growing
-from snapshots.layer import create_layer, layer_path
+from snapshots.layer import LayerFile, create_layer, layer_path
 from snapshots.masks import SLOT_RUNS, masks, runs
 from snapshots.merge import Merged, merge
 from snapshots.metadata import LayerInfo, Metadata, check_tree
@@ -157,6 +157,7 @@ class Copying(Growing):
             raise RequestError(f"{data.nbytes} bytes of data do not fit the map entries")
         group = self._between(layer_id, parent_id)
         layer = self._layer(layer_id)
+        self._refuse_shared(layer)
         self.mark_dirty([region // REGIONS_PER_ZONE])
         layer.make_writable(region)
         base, used = region * BLOCKS_PER_REGION, 0
@@ -186,12 +187,21 @@ class Copying(Growing):
                 f"layer {info.id} of {self.path} holds blocks for several others that the members "
                 "do not have; the replica must be filled anew"
             )
+        self._refuse_shared(layer)
         layer.make_writable(region)
         base = region * BLOCKS_PER_REGION
         for at, length in runs(present & mask):
             layer.store(base + at, memoryview(array("I", [ABSENT]) * length))
             layer.punch(base + at, length)
         self.changed(layer)
+
+    @staticmethod
+    def _refuse_shared(layer: LayerFile) -> None:
+        if layer.shared:
+            raise StateError(
+                f"layer {layer.path} differs from that of the members and belongs to a clone, too; "
+                "the replica must be filled anew"
+            )
 
     def _note_in_head(self, region: int, present: int, with_data: int, written: int) -> None:
         """ZEROS entries are marked, and the index says what the head holds, as for its own."""

@@ -34,6 +34,17 @@ def create(path: str, metadata: Metadata) -> None:
     A directory that holds only what an interrupted create left over counts as empty.
     """
     check_size(metadata.size_bytes)
+    lock_fd = lock_empty(path)
+    try:
+        complete(path, metadata)
+    except OSError as error:
+        raise storage_error("creating replica", path, error) from error
+    finally:
+        os.close(lock_fd)
+
+
+def lock_empty(path: str) -> int:
+    """Become the owner of a directory that is to become a replica; the descriptor of the lock."""
     try:
         os.makedirs(path, exist_ok=True)
         _check_empty(path)
@@ -42,16 +53,16 @@ def create(path: str, metadata: Metadata) -> None:
     lock_fd = lock(path)
     try:
         _check_empty(path)  # nobody else is creating one here from now on
-        _create_locked(path, metadata)
-    except OSError as error:
-        raise storage_error("creating replica", path, error) from error
-    finally:
+    except BaseException:
         os.close(lock_fd)
+        raise
+    return lock_fd
 
 
-def _create_locked(path: str, metadata: Metadata) -> None:
+def complete(path: str, metadata: Metadata, dirty_log: bytes = b"") -> None:
+    """Make all files of a locked, empty directory, durably, replica.json last; see `make_files`."""
     try:
-        make_files(path, metadata)
+        make_files(path, metadata, dirty_log)
         file = MetadataFile(path)
         file.reserve = Reserve(path)
         if not file.reserve.refill():
@@ -83,17 +94,24 @@ def _check_empty(path: str) -> None:
         )
 
 
-def make_files(path: str, metadata: Metadata) -> None:
-    """Replace index, dirty log and all layers by empty ones, durably (not replica.json)."""
+def make_files(path: str, metadata: Metadata, dirty_log: bytes = b"") -> None:
+    """Replace index, dirty log and layers by empty ones, durably (not replica.json).
+
+    Layers of another origin are there and stay. `dirty_log` is the content of that file if it is
+    not to be empty.
+    """
     os.makedirs(os.path.join(path, "layers"), exist_ok=True)
-    remove_layers(path, ())
+    linked = tuple(layer for layer in metadata.layers if layer.origin)
+    remove_layers(path, linked)
     block_count = metadata.size_bytes // BLOCK_BYTES
     zone_count = -(-block_count // BLOCKS_PER_ZONE)
     _make_file(os.path.join(path, "index"), index_bytes(block_count), b"")
     # Filled, so that setting a bit can never run out of space.
-    log = header(metadata.config_seq).ljust(dirty_bytes(zone_count), b"\0")
+    log = (dirty_log or header(metadata.config_seq)).ljust(dirty_bytes(zone_count), b"\0")
     _make_file(os.path.join(path, "dirty.log"), len(log), log)
     for layer in metadata.layers:
+        if layer in linked:
+            continue
         name = layer_path(path, layer.id)
         create_layer(name, layer.id, metadata.size_bytes, metadata.replica_uuid)
         sync_file(name)
@@ -175,18 +193,22 @@ def lock(path: str) -> int:
     if os.fstat(fd).st_nlink == 0:
         os.close(fd)
         raise ConflictError(f"{path} is just being removed; look what is there and try again")
-    with contextlib.suppress(OSError):  # the pid only helps whoever finds the lock taken
+    try:  # the pid only helps whoever finds the lock taken
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
 def check_layers(path: str, metadata: Metadata) -> None:
     """Refuse a directory whose layer files are not those of the tree."""
     for layer in metadata.layers:
-        check_layer(
-            layer_path(path, layer.id), layer.id, metadata.size_bytes, metadata.replica_uuid
-        )
+        origin = layer.origin or metadata.replica_uuid
+        check_layer(layer_path(path, layer.id), layer.id, metadata.size_bytes, origin)
 
 
 def layer_files(path: str, layers: tuple[LayerInfo, ...], head_id: int) -> set[str]:

@@ -15,6 +15,11 @@ So at any moment each block is readable, durably, in P or in C, and at most one 
 used twice. Left over entries of P after a power cut are shadowed by C and go when folding resumes.
 A block of P that does not match its entry stays where it is, and P with it, until it was mended.
 A removed layer with several children waits until one is left; one without any is dropped at once.
+
+A file that another directory has, too (cloning.py), stays as it is: its layer waits until the other
+one is gone. With `unshare` P gives its blocks even so, and keeps them: nothing in P is cleared, and
+what C has already counts as copied.
+
 Nothing is remembered across restarts: a layer being folded is a removed layer with fewer blocks.
 """
 
@@ -28,9 +33,11 @@ from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.datapath import DataPath
-from snapshots.layer import LayerFile
+from snapshots.layer import LayerFile, is_shared, layer_path
 from snapshots.metadata import LayerInfo
 from snapshots.reserve import FULL_DISK
+
+LOOKED_AT_MAX = 64  # parts of a region in one step in which there is nothing to do
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Folder:
         """Start over with whatever the tree says."""
         self._parent: LayerInfo | None = None
         self._child: LayerInfo | None = None
+        self._keep = False  # P's file is another directory's, too
         self._next_block = 0
         self._copied: list[Batch] = []  # stage 1 done
         self._stored: list[Batch] = []  # stage 2 done
@@ -69,6 +77,12 @@ class Folder:
         """The next step needs a flush that has begun after the last one."""
         return self._store.flushes_done < self._flush_needed
 
+    def done_of(self, layer_id: int) -> float:
+        """Which part of a layer has been copied, 0 to 1, if it is the one in work and is kept."""
+        if not self._keep or self._parent is None or self._parent.id != layer_id:
+            return 0.0
+        return min(1.0, self._next_block / self._store.block_count)
+
     def step(self, budget_blocks: int) -> bool:
         """Do at most one batch per stage; True if there is more to do."""
         store = self._store
@@ -79,7 +93,7 @@ class Folder:
             return False
         parent, child = store.layer_file(self._parent.id), store.layer_file(self._child.id)
         for batch in self._stored:
-            _clear(parent, batch, moved=True)
+            self._clear(parent, batch, moved=True)
         self._stored = []
         for batch in self._copied:
             self._store_entries(batch, parent, child)
@@ -129,15 +143,24 @@ class Folder:
                 ] and current == [self._parent]:
                     return
                 self.reset()
-            for layer in layers:
-                below = chain.children(layers, layer.id)
-                if layer.removed and len(below) <= 1 and layer.id not in self._stuck:
-                    self._parent, self._child = layer, below[0] if below else None
+            for layer, below in chain.removed(layers):
+                if layer.id not in self._stuck and self._may_fold(layer, below):
+                    self._parent, self._child = layer, below
                     break
             else:
                 return
             if self._child is None:
                 self._drop(layer)
+
+    def _may_fold(self, parent: LayerInfo, child: LayerInfo | None) -> bool:
+        """Do the files allow it?"""
+        if child is None:
+            return True
+        store = self._store
+        self._keep = is_shared(layer_path(store.path, parent.id))
+        if self._keep and not store.metadata.unshare:
+            return False
+        return not is_shared(layer_path(store.path, child.id))
 
     def _drop(self, layer: LayerInfo) -> None:
         """Take a layer that nobody needs out of the tree; its file goes with the next flush."""
@@ -149,6 +172,7 @@ class Folder:
     def _copy(self, parent: LayerFile, child: LayerFile, budget_blocks: int) -> Batch | None:
         """Stage 1 for the next batch; None when P is empty from here on."""
         assert self._parent is not None
+        left = LOOKED_AT_MAX
         while True:
             region = parent.next_region(self._next_block // BLOCKS_PER_REGION)
             if region < 0:
@@ -159,7 +183,8 @@ class Folder:
             entries = array("I", parent.map_block(region)[start : start + count * 4])
             theirs = array("I", child.map_block(region)[start : start + count * 4])
             moved = [bool(mine) and not their for mine, their in zip(entries, theirs, strict=True)]
-            if any(entries):
+            left -= 1
+            if any(moved) or not left or (any(entries) and not self._keep):
                 break
             self._next_block = first + count
         if any(moved):
@@ -223,7 +248,11 @@ class Folder:
             child.map[block + shift] = entry
             if index[block] == parent.slot:
                 index[block] = child.slot
-        _clear(parent, batch, moved=False)
+        self._clear(parent, batch, moved=False)
+
+    def _clear(self, parent: LayerFile, batch: Batch, *, moved: bool) -> None:
+        if not self._keep:
+            _clear(parent, batch, moved=moved)
 
     def _forget_damaged(self, batch: Batch, child: LayerFile) -> None:
         """Drop from a batch the copies that C's file no longer holds; they are made again."""

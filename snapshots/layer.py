@@ -24,6 +24,7 @@ reference can go on reading while the event loop forgets the layer, evicts or un
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -79,9 +80,14 @@ def _header(layer_id: int, size_bytes: int, replica_uuid: str) -> bytes:
 
 
 def create_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
-    """Make an empty layer file; nothing of it is durable yet. Leaves no file behind on failure."""
+    """Make an empty layer file; nothing of it is durable yet. Leaves no file behind on failure.
+
+    A left over file goes first, and is not emptied: another directory may have it, too.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             write_all(fd, _header(layer_id, size_bytes, replica_uuid), 0)
             os.ftruncate(fd, file_bytes(size_bytes))
@@ -94,8 +100,8 @@ def create_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -
         raise storage_error("creating layer", path, error) from error
 
 
-def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) -> None:
-    """Refuse a layer file that is missing, too short or of someone else.
+def check_layer(path: str, layer_id: int, size_bytes: int, origin: str) -> None:
+    """Refuse a layer file that is missing, too short or not made by the replica `origin`.
 
     It may be longer than `size_bytes` needs: growing stopped half way.
     """
@@ -115,7 +121,7 @@ def check_layer(path: str, layer_id: int, size_bytes: int, replica_uuid: str) ->
             "rebuild this replica from another"
         )
     made_bytes = _HEADER.unpack_from(header)[3]
-    if header != _header(layer_id, made_bytes, replica_uuid) or made_bytes > size_bytes:
+    if header != _header(layer_id, made_bytes, origin) or made_bytes > size_bytes:
         raise StorageError(
             f"layer file {path} has a damaged header or belongs to another replica or layer "
             f"(expected layer {layer_id}, format {FORMAT_VERSION}); rebuild this replica"
@@ -287,6 +293,19 @@ class LayerFile:
         number = entry_number(block)
         self.map[number : number + len(entries)] = entries
 
+    @property
+    def shared(self) -> bool:
+        """Does another directory have this file, too? Then nothing in it may change."""
+        return is_shared(self.fd)
+
     def allocated_bytes(self) -> int:
         """Disk space in use."""
         return os.fstat(self.fd).st_blocks * 512
+
+
+def is_shared(file: int | str) -> bool:
+    """Does a layer file, by descriptor or path, have more than one name?"""
+    try:
+        return os.stat(file).st_nlink > 1
+    except OSError as error:
+        raise storage_error("looking at layer", str(file), error) from error

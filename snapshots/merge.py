@@ -52,7 +52,7 @@ def merge(own: Metadata, wanted: Layers, head_id: int) -> Merged:
         for mine in group[1:]:
             kept[mine.id] = replace(mine, name="", removed=True)
         mine = by_id[layer.id]
-        kept[layer.id] = replace(layer, slot=mine.slot, parent=mine.parent)
+        kept[layer.id] = replace(layer, slot=mine.slot, parent=mine.parent, origin=mine.origin)
     head = by_id[own.head_id]
     if head.id not in kept and head_id in made:
         group = _group(own.layers, head, names)

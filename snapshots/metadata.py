@@ -49,6 +49,9 @@ class LayerInfo:
     created: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     removed: bool = False
+    origin: str = (
+        ""  # the replica that made the file, "" = this one; others are linked (cloning.py)
+    )
     allocated_bytes: int = 0  # filled by Replica.tree(), not stored
 
 
@@ -69,6 +72,7 @@ class Metadata:
     clean: bool = True
     complete: bool = True
     hollow: bool = False  # content was dropped to be filled anew, and that has not ended yet
+    unshare: bool = False  # layers that other directories have, too, are folded as if they had not
 
 
 def boot_id() -> str:
@@ -91,11 +95,18 @@ def _fields(metadata: Metadata, generation: int) -> dict[str, Any]:
     fields = dict(vars(metadata))
     if generation:  # texts of before there were generations have none
         fields["generation"] = generation
+    if not metadata.unshare:  # as in texts of before there were clones
+        del fields["unshare"]
     fields["format_version"] = FORMAT_VERSION
-    fields["layers"] = [
-        {key: value for key, value in vars(layer).items() if key != "allocated_bytes"}
-        for layer in metadata.layers
-    ]
+    fields["layers"] = [_layer_fields(layer) for layer in metadata.layers]
+    return fields
+
+
+def _layer_fields(layer: LayerInfo) -> dict[str, Any]:
+    fields = dict(vars(layer))
+    del fields["allocated_bytes"]
+    if not layer.origin:
+        del fields["origin"]
     return fields
 
 

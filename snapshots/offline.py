@@ -62,7 +62,7 @@ class OfflineReplica:
     def _open(self, info: LayerInfo) -> None:
         path, size = layer_path(self.path, info.id), self.metadata.size_bytes
         try:
-            check_layer(path, info.id, size, self.metadata.replica_uuid)
+            check_layer(path, info.id, size, info.origin or self.metadata.replica_uuid)
             self.layers[info.id] = LayerFile(path, info.slot, size)
         except StorageError as error:
             self.missing[info.id] = str(error)

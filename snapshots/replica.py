@@ -22,6 +22,7 @@ from typing import Any
 from protocol.errors import ConflictError, NotFoundError, RequestError, StorageError
 from protocol.units import REGIONS_PER_ZONE
 from snapshots import chain, directory, distrust
+from snapshots.cloning import Clone, Target, unsharing_bytes
 from snapshots.fold import Folder
 from snapshots.layer import create_layer, layer_path
 from snapshots.mending import Mending
@@ -181,8 +182,10 @@ class Replica(Mending):
 
     @staticmethod
     def _allocated(path: str) -> int:
+        """Disk space of a file; one that several directories have counts in each with its part."""
         try:
-            return os.stat(path).st_blocks * 512
+            found = os.stat(path)
+            return found.st_blocks * 512 // max(1, found.st_nlink)
         except FileNotFoundError:
             return 0
 
@@ -281,6 +284,18 @@ class Replica(Mending):
                 self.failed = True  # the index is half of the old head and half of the new one
                 raise
 
+    def clone(self, layer_id: int, new_head_id: int, target: Target) -> Clone:
+        """Share a snapshot's layers with a new replica; its `finish` makes the rest (cloning.py).
+
+        To be called after a flush that began when the snapshot was there.
+        """
+        self.check_open()
+        self.settle()
+        clone = Clone(target)
+        clone.link(self, layer_id, new_head_id)
+        self._folder.reset()  # it has not looked whether files are shared since it began a layer
+        return clone
+
     def _sealed(self, layer_id: int) -> LayerInfo:
         """A layer that is neither the head nor deleted."""
         layer = chain.find(self.metadata.layers, layer_id)
@@ -298,6 +313,11 @@ class Replica(Mending):
         waiting = self._folder.waiting and not self.hold_folding
         return waiting or self._index_wanted or self.metadata_pending
 
+    @property
+    def unsharing_bytes(self) -> int:
+        """How much a clone that is to be independent has still to copy."""
+        return unsharing_bytes(self.path, self.metadata, self._folder.done_of)
+
     def maintain(self, budget_blocks: int = MAINTAIN_BLOCKS, *, inline_flush: bool = True) -> bool:
         """One bounded step of folding or of clearing the dirty log; True if there is more to do.
 
@@ -310,6 +330,8 @@ class Replica(Mending):
         fold = self.complete and not self.hold_folding
         with self.changing():
             more = fold and self._folder.step(budget_blocks)
+            if self.metadata.unshare and not any(info.removed for info in self.metadata.layers):
+                self.adopt(replace(self.metadata, unshare=False))
         if not more and not self.dirty.hot:
             self._index_wanted = bool(self._stable_zones())
         if self.flush_wanted:

@@ -4,7 +4,7 @@ Counted region by region from the maps of all layers, in bounded steps. A block 
 own if every snapshot taken on it, and the volume, have something else in its place; one that is
 still seen from there moves into the child when the snapshot is deleted. A deleted snapshot on which
 several others stand stays until one is left: its deletion gives nothing back at first, and that of
-one of the others may give back more than its own.
+one of the others may give back more than its own. What a clone has, too, is not given back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def usage(
     """What the regions from `first_region` on add to each layer's usage, and where to go on."""
     files = {info.id: store.layer_file(info.id) for info in store.metadata.layers}
     logical = logical_layers(store.metadata.layers, store.metadata.head_id)
+    shared = {layer_id for layer_id, file in files.items() if file.shared}
+    kept = {layer.layer_id for layer in logical if shared.intersection(layer.group)}
     found: Usage = {layer.layer_id: [0, 0] for layer in logical}
     nexts = [-1] * len(files)
     region = first_region
@@ -39,7 +41,7 @@ def usage(
             return found, None
         ahead = zip(files.items(), nexts, strict=True)
         here = {layer_id: file for (layer_id, file), at in ahead if at == region}
-        _count(logical, here, region, found)
+        _count(logical, here, region, kept, found)
         region += 1
         if out_of_time():
             return found, region
@@ -73,9 +75,13 @@ def logical_layers(layers: Layers, head_id: int) -> list[LogicalLayer]:
 
 
 def _count(
-    logical: list[LogicalLayer], here: dict[int, LayerFile], region: int, found: Usage
+    logical: list[LogicalLayer],
+    here: dict[int, LayerFile],
+    region: int,
+    kept: set[int],
+    found: Usage,
 ) -> None:
-    """Add one region; `here` are the layers that have anything in it."""
+    """Add one region; `here` are the layers that have anything in it, `kept` shared with clones."""
     contents = {layer_id: masks(file.map_block(region)) for layer_id, file in here.items()}
     present: dict[int, int] = {}
     data: dict[int, int] = {}
@@ -89,7 +95,8 @@ def _count(
         present[layer.layer_id], data[layer.layer_id] = has, holds
         seen[layer.layer_id] = seen[layer.parent_id] & ~has | holds
     for layer in logical:
-        own = data[layer.layer_id] if len(layer.children) < 2 else 0
+        gives = len(layer.children) < 2 and layer.layer_id not in kept
+        own = data[layer.layer_id] if gives else 0
         for child in layer.children:
             own &= present[child]
         found[layer.layer_id][0] += _bytes(seen[layer.layer_id])

@@ -162,6 +162,10 @@ def volume_details(volume: Json) -> None:
         "labels": labels_text(volume.get("labels")),
         "uid": volume.get("uid"),
     }
+    if volume.get("source"):
+        facts["cloned from"] = volume["source"]
+    if volume.get("unsharing_bytes"):
+        facts["still to copy"] = size_text(volume["unsharing_bytes"])
     if volume.get("message"):
         facts["message"] = volume["message"]
     pairs(facts)

@@ -10,6 +10,7 @@ import click
 
 from blockd.cli import images
 from blockd.cli import output as out
+from blockd.cli.clone import clone
 from blockd.cli.common import (
     Function,
     Settings,
@@ -69,6 +70,7 @@ def volume() -> None:
 
 volume.add_command(images.import_image)
 volume.add_command(images.export)
+volume.add_command(clone)
 
 
 @volume.command(

@@ -88,6 +88,7 @@ class ReplicaDaemon:
                 "path": os.path.abspath(replica.path),
                 "address": self.address,
                 "allocated_bytes": replica.allocated_bytes(),
+                "unsharing_bytes": replica.unsharing_bytes,
                 "epoch": metadata.promised_epoch,
                 "complete": replica.complete,
                 "clean_start": service.clean_start,

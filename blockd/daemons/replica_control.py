@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import BlockdError, RequestError
+from snapshots.cloning import Target
 from snapshots.usage import usage
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ReplicaControl:
     def _do_tree(self, content: Content, user: object, done: Done) -> None:
         replica = self._replica
         layers = [describe_layer(info) for info in replica.tree()]
+        self._service.worked()  # files may have become this directory's own: folding goes on
         done({"layers": layers, "head_id": replica.metadata.head_id})
 
     def _do_seal(self, content: Content, user: object, done: Done) -> None:
@@ -86,6 +88,34 @@ class ReplicaControl:
                 return
             service.worked()
             done({})
+
+        service.flush(flushed)
+
+    def _do_clone(self, content: Content, user: object, done: Done) -> None:
+        """Links at one moment after a flush; the rest in a thread."""
+        service, replica = self._service, self._replica
+        target = Target(
+            path=str(content["path"]),
+            replica_uuid=str(content["replica_uuid"]),
+            volume_uuid=str(content["volume_uuid"]),
+            volume_name=str(content["volume_name"]),
+            size_bytes=int(content["size_bytes"]),
+            unshare=bool(content["unshare"]),
+        )
+
+        def flushed(error: BlockdError | None) -> None:
+            try:
+                if error is None:
+                    layer_id, head_id = int(content["layer_id"]), int(content["new_head_id"])
+                    clone = replica.clone(layer_id, head_id, target)
+                    service.loop.in_thread(clone.finish, finished)
+            except BlockdError as failure:
+                error = failure
+            if error is not None:
+                done(error)
+
+        def finished(result: None, failure: BaseException | None) -> None:
+            done(_expected(failure) or {})
 
         service.flush(flushed)
 
@@ -186,16 +216,15 @@ class ReplicaControl:
                 loop.in_thread(replica.sync_tables, synced)
 
         def synced(result: None, failure: BaseException | None) -> None:
-            if failure is not None and not isinstance(failure, BlockdError):
-                raise failure
+            problem = _expected(failure)
             try:
-                if failure is None:
+                if problem is None:
                     replica.end_sync()
                     service.accepted()
                     service.trusted()
             except BlockdError as error:
-                failure = error
-            done(failure or {})
+                problem = error
+            done(problem or {})
 
         index()
 
@@ -208,6 +237,13 @@ class ReplicaControl:
         """Durably know of a member configuration."""
         self._replica.note_config(int(content["config_seq"]))
         done({})
+
+
+def _expected(failure: BaseException | None) -> BlockdError | None:
+    """What ended a thread's work, unless it is a bug: that is raised."""
+    if failure is not None and not isinstance(failure, BlockdError):
+        raise failure
+    return failure
 
 
 def describe_layer(info: Any) -> Content:

@@ -57,6 +57,8 @@ class ReplicaService:
         self.changes = ReplicaChanges(self)
         self.controls = ReplicaControl(self)
         self.copying = ReplicaCopying(self)
+        if replica.metadata.unshare:
+            self.worked()
 
     @property
     def unbroken(self) -> bool:

@@ -13,6 +13,7 @@ from blockd.daemons.usage import UsageCount
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
 from replication.authority import IN_SYNC, OUT, Member, Record
+from replication.cloning import Order, clone
 from replication.link import Link
 from replication.scrub import Report
 
@@ -36,6 +37,7 @@ class VolumeCommands:
             "snapshot-remove": self._snapshot_remove,
             "snapshot-revert": self._snapshot_revert,
             "diff": self._diff,
+            "clone": self._clone,
             "grow": self._grow,
             "usage": self._usage,
             "member-add": self._member_add,
@@ -172,6 +174,18 @@ class VolumeCommands:
 
     def _usage(self, request: dict[str, Any], answer: Answer) -> None:
         UsageCount(self._engine, answer).start()
+
+    def _clone(self, request: dict[str, Any], answer: Answer) -> None:
+        """Make the replicas of a new volume; `targets` maps members to (replica uuid, path)."""
+        order = Order(
+            snapshot=str(request["snapshot"]),
+            volume_uuid=str(request["volume_uuid"]),
+            volume_name=str(request["volume_name"]),
+            size_bytes=int(request["size_bytes"]),
+            targets={str(uid): (str(a), str(b)) for uid, (a, b) in request["targets"].items()},
+            unshare=bool(request["unshare"]),
+        )
+        clone(self._daemon.structure, order, _answer_with(answer))
 
     def _grow(self, request: dict[str, Any], answer: Answer) -> None:
         """Make the volume `size_bytes` long; clients that are there may use all of it."""

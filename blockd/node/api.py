@@ -31,6 +31,7 @@ from blockd.frontends import availability
 from blockd.node import api_errors
 from blockd.node.api_types import (
     AttachBody,
+    CloneBody,
     EmptyBody,
     MountBody,
     RebuildBody,
@@ -46,6 +47,7 @@ from blockd.node.api_types import (
 from blockd.node.context import Context
 from blockd.node.objects import Disk, Node, VolumeSpec
 from blockd.node.operations import Operations
+from blockd.node.reconcile_clones import clone_spec
 from blockd.node.views import DiffView, ReplicaView, SnapshotView, UsageView, VolumeView
 
 WAIT_SECONDS = 60.0
@@ -241,6 +243,27 @@ def snapshot_revert(
     return operations.revert(name, snapshot, (data or RevertBody()).force, wait)
 
 
+@post("/v1/volumes/{name:str}/snapshots/{snapshot:str}/clone", sync_to_thread=True)
+def snapshot_clone(
+    operations: Ops,
+    context: Ctx,
+    name: FromPath[str],
+    snapshot: FromPath[str],
+    data: JSONBody[CloneBody],
+    wait: Wait = WAIT_SECONDS,
+) -> VolumeView:
+    """Make a new volume with the content of a snapshot."""
+    spec = clone_spec(
+        context,
+        name,
+        snapshot,
+        replicas=data.replicas,
+        size_bytes=data.size_bytes,
+        full=data.full,
+    )
+    return operations.create(data.name, spec, checked_labels(data.labels), wait)
+
+
 @get("/v1/volumes/{name:str}/snapshots/{snapshot:str}/diff", sync_to_thread=True)
 def snapshot_diff(
     operations: Ops,
@@ -326,6 +349,7 @@ HANDLERS = [
     snapshot_show,
     snapshot_delete,
     snapshot_revert,
+    snapshot_clone,
     snapshot_diff,
     replica_list,
     replica_add,

@@ -32,6 +32,19 @@ class VolumeChangeBody(msgspec.Struct, forbid_unknown_fields=True):
     min_in_sync: int | msgspec.UnsetType = msgspec.UNSET
 
 
+class CloneBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The volume to make from a snapshot; what is not named is as that of the volume cloned.
+
+    `full`: shares nothing with it in the end.
+    """
+
+    name: str
+    replicas: int | None = None
+    size_bytes: int | None = None
+    full: bool = False
+    labels: dict[str, str] = {}
+
+
 class ResizeBody(msgspec.Struct, forbid_unknown_fields=True):
     """The new size; not below the one it has."""
 

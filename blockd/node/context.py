@@ -15,7 +15,7 @@ from blockd.node.objects import (
     Volume,
     new_uid,
 )
-from blockd.node.store import Store
+from blockd.node.store import Store, find, modify
 from blockd.node.supervisor import DaemonSpec, Supervisor
 from replication.authority import Authority
 
@@ -46,7 +46,7 @@ class Context:
         found = [item for item in self.store.list(Snapshot) if item.spec.volume == volume]
         return sorted(found, key=_snapshot_age)
 
-    def new_replica(self, volume: str) -> Replica:
+    def new_replica(self, volume: str, *, source: str | None = None) -> Replica:
         """Make the object of one more replica; a pass starts its daemon."""
         uid = new_uid()
         return self.store.create(
@@ -57,9 +57,20 @@ class Context:
                     node=self.node_name,
                     disk=f"{self.node_name}-replicas",
                     path=str(self.home.replicas_directory(volume) / uid),
+                    source=source,
                 ),
             )
         )
+
+    def drop_replica(self, replica: Replica) -> None:
+        """Let the object of a replica go whose directory is gone."""
+
+        def change(item: Replica) -> None:
+            item.metadata.finalizers = []
+
+        self.store.delete(Replica, replica.metadata.name)
+        if find(self.store, Replica, replica.metadata.name) is not None:
+            modify(self.store, Replica, replica.metadata.name, change)
 
     def replica_daemon(self, volume: Volume, replica: Replica) -> DaemonSpec:
         """The daemon of one replica. It makes the directory only the first time."""

@@ -22,6 +22,7 @@ from blockd.node.control import Answer
 from blockd.node.objects import Replica, ReplicaStatus, Volume, utc_now
 from protocol.errors import BlockdError, ConflictError, StorageError
 from replication.authority import Record
+from snapshots.cloning import unsharing_bytes
 from snapshots.metadata import FILE_NAME, MetadataFile
 from snapshots.replica import Replica as ReplicaDirectory
 
@@ -73,12 +74,13 @@ def check_directory(replica: Replica) -> None:
 
 
 def allocated_bytes(path: str) -> int:
-    """Disk space of all files of a replica directory."""
+    """Disk space of all files of a replica directory; of those of several its part."""
     total = 0
     for directory, _, names in os.walk(path):
         for name in names:
             try:
-                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+                found = os.lstat(os.path.join(directory, name))
+                total += found.st_blocks * 512 // found.st_nlink
             except FileNotFoundError:
                 continue
     return total
@@ -96,6 +98,7 @@ def note_usable(status: ReplicaStatus, address: str, path: str, member: Answer |
     status.address, status.pid = address, None  # the volume daemon's pid is the volume's
     status.provisioned, status.failed_since = True, None
     status.allocated_bytes = allocated_bytes(path)
+    status.unsharing_bytes = unsharing_bytes(path, MetadataFile(path).read())
     status.state, status.message = "running", None
     if member is not None and not member.get("connected"):
         reason = member.get("failure") or "its disk failed"

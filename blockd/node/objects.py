@@ -70,6 +70,18 @@ class Revert(msgspec.Struct):
     force: bool = False
 
 
+class Source(msgspec.Struct):
+    """The snapshot a volume is cloned from, and the size of that volume then.
+
+    `full`: in the end it shares nothing with it.
+    """
+
+    volume: str
+    snapshot: str
+    size_bytes: int
+    full: bool = False
+
+
 class VolumeSpec(msgspec.Struct):
     """What the user wants of a volume. `size_bytes` can only grow.
 
@@ -88,11 +100,13 @@ class VolumeSpec(msgspec.Struct):
     rebuild_bandwidth: int | None = None
     min_in_sync: int = 1
     revert: Revert | None = None
+    source: Source | None = None
 
 
 class VolumeStatus(msgspec.Struct):
     """What a volume is.
 
+    `cloned`: the replicas of a clone are made, it is established next.
     `mount` is the path this service mounted, until it unmounts it; `short_since` is when it began
     to have fewer replicas than wanted.
     """
@@ -100,6 +114,7 @@ class VolumeStatus(msgspec.Struct):
     state: str = "new"
     health: str = "unknown"
     established: bool = False
+    cloned: bool = False
     epoch: int = 0
     frontend: str | None = None
     device: str | None = None
@@ -126,13 +141,17 @@ class Volume(msgspec.Struct):
 
 
 class ReplicaSpec(msgspec.Struct):
-    """One copy: of which volume, where. `rebuild_id` asks for a rebuild now."""
+    """One copy: of which volume, where. `rebuild_id` asks for a rebuild now.
+
+    `source` is the replica of another volume that it is cloned from.
+    """
 
     volume: str
     node: str
     disk: str
     path: str
     rebuild_id: str | None = None
+    source: str | None = None
 
 
 class ReplicaStatus(msgspec.Struct):
@@ -141,6 +160,7 @@ class ReplicaStatus(msgspec.Struct):
     `state`: "running" if it can be used (its daemon runs, or the volume daemon has its directory
     or can open it), "failed" if not. `provisioned`: its directory was made once, so a missing
     directory is a loss and never a reason to make a blank one. `failed_since` is an ISO time.
+    `unsharing_bytes`: what a full clone has still to copy.
     """
 
     state: str = "new"
@@ -148,6 +168,7 @@ class ReplicaStatus(msgspec.Struct):
     address: str | None = None
     pid: int | None = None
     allocated_bytes: int = 0
+    unsharing_bytes: int = 0
     message: str | None = None
     failed_since: str | None = None
     rebuild_id: str | None = None

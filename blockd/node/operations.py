@@ -85,7 +85,7 @@ class Operations:
         made = self._store.create(Volume(metadata=metadata, spec=spec))
         if wait_seconds > 0:
             try:
-                self._await(made, lambda v: v.status.established, wait_seconds, "created")
+                self._await(made, self._has_its_size, wait_seconds, "created")
             except DeadlineError:
                 raise
             except Exception:
@@ -126,11 +126,7 @@ class Operations:
         self._volume(name)
         wanted = modify(self._store, Volume, name, want)
 
-        def done(item: Volume) -> bool:
-            record = self._record(name)
-            return record is not None and record.size_bytes >= size_bytes
-
-        self._await(wanted, done, wait_seconds, f"{size_bytes} bytes long")
+        self._await(wanted, self._has_its_size, wait_seconds, f"{size_bytes} bytes long")
         return self.volume(name)
 
     def remove(self, name: str, force: bool, wait_seconds: float) -> None:
@@ -449,6 +445,10 @@ class Operations:
 
     def _record(self, volume: str) -> Record | None:
         return self._context.authority.load(self._volume(volume).metadata.uid)
+
+    def _has_its_size(self, item: Volume) -> bool:
+        record = self._record(item.metadata.name) if item.status.established else None
+        return record is not None and record.size_bytes >= item.spec.size_bytes
 
     def _is_member(self, volume: str, uid: str) -> bool:
         record = self._record(volume)

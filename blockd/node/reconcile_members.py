@@ -1,6 +1,6 @@
 """Members: the authority's record of a volume follows the replica objects.
 
-The record is made once, when all replicas of a new volume are there and blank, so all are in sync.
+The record is made once, when all replicas of a new volume are there and equal, so all are in sync.
 From then on the volume daemon changes it; this module asks the daemon, and touches the record
 itself (compare-and-swap) only while no volume daemon runs, and then only members that are OUT.
 
@@ -40,16 +40,18 @@ class MemberReconciler:
         return record
 
     def establish(self, volume: Volume, replicas: list[Replica]) -> Record:
-        """Make the record of a new volume; all its replicas are blank and equal."""
+        """Make the record of a new volume; all its replicas are equal: blank, or clones."""
         for replica in replicas:
             if replica.status.state != "running":
                 raise _creation_error(volume, replica)
-        name = volume.metadata.name
+        name, source = volume.metadata.name, volume.spec.source
+        if not replicas or any((item.spec.source is None) != (source is None) for item in replicas):
+            raise StateError(f"volume {name} cannot be created: its replicas are not alike")
         record = self._context.authority.create(
             Record(
                 volume_uuid=volume.metadata.uid,
                 volume_name=name,
-                size_bytes=volume.spec.size_bytes,
+                size_bytes=source.size_bytes if source else volume.spec.size_bytes,
                 members={
                     item.metadata.name: Member(IN_SYNC, item.status.address or "")
                     for item in replicas

@@ -22,7 +22,7 @@ from blockd.node.context import Context, log, replica_address
 from blockd.node.control import Answer
 from blockd.node.home import private_directory
 from blockd.node.objects import Replica, Volume, utc_now
-from blockd.node.store import modify, modify_status
+from blockd.node.store import modify_status
 from protocol.errors import BlockdError, PeerError, StorageError
 from replication.authority import IN_SYNC, Record
 
@@ -102,13 +102,15 @@ class ReplicaReconciler:
         remove_tree(Path(replica.spec.path))
         for path in (spec.log, spec.pid_file, spec.control):
             path.unlink(missing_ok=True)
-        modify(context.store, Replica, replica.metadata.name, _drop_finalizer)
+        context.drop_replica(replica)
         log.info("volume %s: replica %s removed", volume.metadata.name, replica.metadata.name)
 
     def _fill_up(self, volume: Volume, record: Record | None) -> None:
         replicas = self._context.replicas_of(volume.metadata.name)
         live = [item for item in replicas if item.metadata.deleted is None]
         if not volume.status.established:
+            if volume.spec.source is not None:
+                return  # a blank one is not equal to those that were cloned
             for _ in range(volume.spec.replicas - len(live)):
                 self._context.new_replica(volume.metadata.name)
             return
@@ -212,6 +214,7 @@ def _running(replica: Replica, answer: Answer, address: str) -> None:
     status.pid = int(answer["pid"])
     status.address = address
     status.allocated_bytes = int(answer.get("allocated_bytes", 0))
+    status.unsharing_bytes = int(answer.get("unsharing_bytes", 0))
 
 
 def _failed(replica: Replica, message: str, hung: bool) -> None:
@@ -220,7 +223,3 @@ def _failed(replica: Replica, message: str, hung: bool) -> None:
     if not hung:  # a process that is there but slow keeps its place
         status.pid = None
         status.failed_since = status.failed_since or utc_now()
-
-
-def _drop_finalizer(replica: Replica) -> None:
-    replica.metadata.finalizers = []

@@ -6,7 +6,7 @@ The order within a pass, and why:
 2. the volume daemon, if the volume is attached or something waits that only it can do; no volume
    daemon runs for a detached volume that nobody asks anything of
 3. what is not wanted or broken comes down: mount, then device
-4. snapshots, then a revert: with the device down if the revert forces that
+4. snapshots, clones of this volume, then a revert: with the device down if the revert forces that
 5. members: added, removed, rebuilt
 6. device, then mount
 7. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blockd.node import control
+from blockd.node import control, local_replicas
 from blockd.node.context import Context, log
 from blockd.node.control import Answer
 from blockd.node.objects import Problem, Replica, Volume, VolumeStatus
+from blockd.node.reconcile_clones import CloneReconciler, waits_for_clone
 from blockd.node.reconcile_devices import DeviceReconciler
 from blockd.node.reconcile_members import MemberReconciler
 from blockd.node.reconcile_replicas import ReplicaReconciler, remove_tree
@@ -38,6 +39,7 @@ from replication.authority import IN_SYNC, Record
 CHECK_SECONDS = 3.0  # how often a healthy attached volume is looked at without cause
 CHECK_UNHEALTHY_SECONDS = 1.0
 CHECK_DETACHED_SECONDS = 30.0
+CLONE_WAIT_SECONDS = 0.1  # between looks whether the pass over the source has made the replicas
 LINGER_SECONDS = 3.0  # a row of snapshots of a detached volume starts the volume daemon once
 
 
@@ -49,6 +51,7 @@ class VolumeReconciler:
         self.replicas = ReplicaReconciler(context)
         self.members = MemberReconciler(context, self.replicas)
         self.snapshots = SnapshotReconciler(context)
+        self.clones = CloneReconciler(context)
         self.devices = DeviceReconciler(context)
         self._idle_since: dict[str, float] = {}
         self._waiting_to_grow: dict[str, str] = {}  # why a larger size has to wait
@@ -62,6 +65,9 @@ class VolumeReconciler:
             if volume.metadata.deleted is not None:
                 self._remove(volume)
                 return None
+            if waits_for_clone(volume):  # what comes of it is noted by the pass over its source
+                self.clones.check_source(volume)
+                return CLONE_WAIT_SECONDS
             delay = self._converge(volume)
         except BlockdError as error:
             problem = Problem(error.code, str(error), error.retry)
@@ -93,6 +99,7 @@ class VolumeReconciler:
             _configure(volume, spec, answer)
             volume = self.devices.settle_down(volume, volume.status.epoch)
             self.snapshots.reconcile(volume, spec)
+            self.clones.reconcile(volume, record, spec)
             volume = self._revert(volume, spec)
             record = self.members.load(volume) or record
             self.members.align(volume, record, replicas, spec)
@@ -113,6 +120,8 @@ class VolumeReconciler:
             volume.spec.attached
             or self.members.work(record, replicas)
             or self.snapshots.pending(volume.metadata.name)
+            or bool(self.clones.pending(volume.metadata.name))
+            or any(local_replicas.is_local(i) and i.status.unsharing_bytes for i in replicas)
             or _revert_waits(volume)
             or record.size_bytes < volume.spec.size_bytes
         )
@@ -226,7 +235,8 @@ class VolumeReconciler:
         self._idle_since.pop(name, None)
         context.supervisor.forget(spec)
         self._note(volume, **changes, pid=None, fenced=False)
-        if message or any(i.status.state != "running" for i in replicas):
+        unsettled = [i for i in replicas if i.status.unsharing_bytes or i.status.state != "running"]
+        if message or unsettled:
             return CHECK_UNHEALTHY_SECONDS
         if volume.status.short_since is not None or changes["health"] != "healthy":
             return CHECK_UNHEALTHY_SECONDS

@@ -198,6 +198,8 @@ class NodeService:
             volume = metadata.name
             if isinstance(item, Replica | Snapshot):
                 volume = item.spec.volume
+            elif isinstance(item, Volume) and item.spec.source is not None:
+                self._queue.add(item.spec.source.volume)  # it makes the clone
             self._queue.add(volume)
 
     def _register(self) -> None:

@@ -83,6 +83,7 @@ class _Process:
     pidfd: int
     child: subprocess.Popen[bytes] | None
     started: float
+    answered: bool = False  # it has started: silence from now on means that it hangs
     gone: threading.Event = field(default_factory=threading.Event)
 
 
@@ -134,7 +135,7 @@ class Supervisor:
         self._start(spec)
 
     def ready(self, spec: DaemonSpec) -> Answer:
-        """Wait until a launched daemon answers; its status."""
+        """Wait until a launched daemon answers; its status. One that hangs is not waited for."""
         while True:
             process = self._process(spec)
             if process is None:
@@ -143,13 +144,14 @@ class Supervisor:
             try:
                 answer = control.status(spec.control, HUNG_SECONDS)
             except PeerError as error:
-                if time.monotonic() > deadline:
+                if process.answered or time.monotonic() > deadline:
                     raise PeerError(
                         f"{spec.key} (pid {process.pid}) runs but does not answer: {error}; "
                         f"see {spec.log}"
                     ) from None
                 process.gone.wait(POLL_SECONDS)
                 continue
+            process.answered = True
             field_name, value = spec.identity
             if answer.get(field_name) != value:
                 raise ConflictError(

@@ -99,7 +99,8 @@ class DiffView(msgspec.Struct):
 
 
 class VolumeView(msgspec.Struct):
-    """One volume."""
+    """One volume. `source` is the snapshot it was cloned from, `unsharing_bytes` what a full clone
+    has still to copy."""
 
     name: str
     uid: str
@@ -121,6 +122,8 @@ class VolumeView(msgspec.Struct):
     message: str | None
     created: str
     labels: dict[str, str]
+    source: str | None
+    unsharing_bytes: int
     replicas: list[ReplicaView]
     snapshots: list[SnapshotView]
     head_parent: int
@@ -140,6 +143,7 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
     elif volume.spec.attached and status.state in ("attached", "error"):
         health = "faulted"
     fs = volume.spec.mount.fs if volume.spec.mount else "unknown"
+    source = volume.spec.source
     return VolumeView(
         name=name,
         uid=volume.metadata.uid,
@@ -162,6 +166,8 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         created=volume.metadata.created,
         labels=volume.metadata.labels,
         replicas=replicas,
+        source=f"{source.volume}@{source.snapshot}" if source else None,
+        unsharing_bytes=max((item.status.unsharing_bytes for item in items), default=0),
         snapshots=snapshot_views(context, name, record),
         head_parent=_named_ancestor(record, record.head_parent) if record else 0,
         verify=msgspec.convert((answer or {}).get("verify"), VerifyView | None),

@@ -87,7 +87,8 @@ def test_the_service_tells_about_itself(api: httpx.Client) -> None:
 def test_the_schema_knows_every_path(api: httpx.Client) -> None:
     paths = api.get("/schema/openapi.json").json()["paths"]
     assert "/v1/volumes/{name}/snapshots/{snapshot}/revert" in paths
-    assert len(paths) == 21
+    assert "/v1/volumes/{name}/snapshots/{snapshot}/clone" in paths
+    assert len(paths) == 22
 
 
 GOOD = {"name": "data", "size_bytes": 64 * MIB}

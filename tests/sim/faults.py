@@ -80,7 +80,8 @@ class Faults:
         self.count = 0
         self.kinds: dict[str, int] = {}
         self.over = False
-        self.replaced = False  # a member has an empty disk
+        self.replaced = False  # a member has got an empty disk
+        self.unnoticed: Member | None = None  # that one, while it still counts as in sync
         self.lasts_until = 0.0  # something that takes its time, and should not be healed before
         self.victim: Member | None = None
         if any(kind in DAMAGE for kind in enabled):
@@ -90,6 +91,10 @@ class Faults:
         """Let one fault happen."""
         kind = self.random.choice(self.enabled)
         before = self.kernel.now
+        if self.unnoticed not in self.cluster.in_sync():
+            self.unnoticed = None
+        elif kind not in MILD:
+            return  # nobody knows yet that there is a copy less, and the last one could go
         if getattr(self, "_" + kind)() is not False:
             self.count += 1
             self.kinds[kind] = self.kinds.get(kind, 0) + 1
@@ -310,6 +315,7 @@ class Faults:
         self.replaced = True
         self.kernel.log("world", f"{member.uuid} gets an empty disk")
         member.replace_disk()
+        self.unnoticed = member
         return True
 
     def _stop_volume(self) -> bool:

@@ -64,6 +64,7 @@ class VolatileDisk:
         self.durable: dict[str, Pages] = {}
         self.boots = 1
         real_fdatasync, real_pwritev, real_rename = os.fdatasync, os.pwritev, os.rename
+        real_link = os.link
 
         def fsync(fd: int) -> None:
             real_fdatasync(fd)
@@ -84,12 +85,17 @@ class VolatileDisk:
             if source in self.durable:
                 self.durable[target] = self.durable.pop(source)
 
+        def link(source: str, target: str) -> None:
+            real_link(source, target)
+            self.durable[target] = dict(self.durable.get(source, {}))
+
         monkeypatch.setattr(metadata, "boot_id", lambda: f"boot {self.boots}")
         for name, function in (
             ("fsync", fsync),
             ("fdatasync", fsync),
             ("pwritev", pwritev),
             ("rename", rename),
+            ("link", link),
         ):
             monkeypatch.setattr(os, name, function)
 

@@ -70,6 +70,15 @@ class Model:
         Replica.create(path, size_bytes=SIZE_BYTES, replica_uuid="r", head_id=1)
         self.replica = Replica.open(path)
 
+    @classmethod
+    def opened(cls, path: Path, live: Content, next_id: int) -> Model:
+        """That of a replica that is there and shows `live`."""
+        model = cls.__new__(cls)
+        model.path, model.live, model.flushed = path, dict(live), {}
+        model.snapshots, model.next_id = {}, next_id
+        model.replica = Replica.open(path)
+        return model
+
     def write(self, first: int, numbers: list[int]) -> None:
         write(self.replica, first, numbers)
         for offset, number in enumerate(numbers):

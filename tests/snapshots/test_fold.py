@@ -113,7 +113,7 @@ def test_a_logical_layer_is_the_same_after_every_step_of_folding(tmp_path: Path)
     replica = model.replica
     first, target = FIRST - FIRST % REGION, memoryview(bytearray(REGION * 4100))
     seen = set()
-    for _ in range(9):
+    for _ in range(40):
         used = replica.layer_read(3, 1, first, REGION, target)
         digests = replica.layer_digests(3, 1, first, REGION)
         seen.add((bytes(target[:used]), digests, replica.layer_check(3, 1, 0, 4)))

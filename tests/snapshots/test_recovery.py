@@ -11,15 +11,14 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from snapshots import syscalls
 from snapshots.layer import LayerFile
 from snapshots.replica import Replica
 from tests.snapshots.disk import VolatileDisk
 from tests.snapshots.equalize import tree_of
+from tests.snapshots.killer import Killed, Killer
 from tests.snapshots.model import (
     BLOCK_COUNT,
     REGION,
@@ -266,37 +265,6 @@ def test_a_zone_written_during_a_flush_stays_dirty(model: Model) -> None:
     job.run()
     model.replica.flush_end(job)
     assert model.replica.dirty.dirty_zones() == [0]
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-class Killer:
-    """Raises Killed instead of the n-th call that changes a file."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.calls_left = -1
-        for module, name in (
-            (os, "pwrite"),
-            (os, "pwritev"),
-            (os, "ftruncate"),
-            (os, "rename"),
-            (os, "unlink"),
-            (os, "fsync"),
-            (os, "fdatasync"),
-            (syscalls, "_fallocate"),
-        ):
-            patch.setattr(module, name, self._counted(getattr(module, name)))
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            if self.calls_left == 0:
-                raise Killed
-            self.calls_left -= 1
-            return function(*arguments)
-
-        return counted
 
 
 BASE = REGION - 4  # eight blocks across a region bound; block n of the base holds 100 + n
