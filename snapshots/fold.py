@@ -1,18 +1,20 @@
 """Folding: a deleted snapshot's layer gives its blocks to its only child and disappears.
 
 Runs in the event loop in small steps with I/O going on, and waits for flushes instead of syncing by
-itself. A batch of blocks of the removed layer P goes through three stages towards the child C:
+itself. The layer P that goes is walked twice. First everything of it that its child C has, too, is
+given up; nothing is copied for that, so its space is back soon. Then the rest moves:
 
 1. data of blocks that C lacks is copied to C's file (C's map does not name it yet);
-   ... a flush makes the copy durable, and with it everything C had before ...
+   ... a flush makes the copies durable, and with them everything C had before stage 1 ...
 2. C's map entries are stored unless C got its own meanwhile, index bytes of P become C's, blocks
    of P that C had before stage 1 are cleared and punched. A copy whose data is not what the entry
    says (a write to the head that ran out of space went over it) is forgotten and made again;
    ... a flush makes the entries durable; the zone is dirty, so the index needs no sync ...
 3. the copied blocks of P are cleared and punched.
 
-So at any moment each block is readable, durably, in P or in C, and at most one batch of space is
-used twice. Left over entries of P after a power cut are shadowed by C and go when folding resumes.
+So at any moment each block is readable, durably, in P or in C, and at most COLLECT of them take
+their space twice. Left over entries of P after a power cut are shadowed by C and go when folding
+resumes.
 A block of P that does not match its entry stays where it is, and P with it, until it was mended.
 A removed layer with several children waits until one is left; one without any is dropped at once.
 
@@ -25,28 +27,34 @@ Nothing is remembered across restarts: a layer being folded is a removed layer w
 
 from __future__ import annotations
 
-from array import array
+from collections import deque
 from dataclasses import dataclass
 
-from protocol.checksum import ABSENT, ZEROS, block_checksum
+from protocol.checksum import block_checksum
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, BLOCKS_PER_ZONE, REGIONS_PER_ZONE
 from snapshots import chain
 from snapshots.datapath import DataPath
 from snapshots.layer import LayerFile, is_shared, layer_path
+from snapshots.masks import EMPTY_MAP, masks, runs, span
 from snapshots.metadata import LayerInfo
 from snapshots.reserve import FULL_DISK
 
-LOOKED_AT_MAX = 64  # parts of a region in one step in which there is nothing to do
+COLLECT = 4096  # cost of what waits for one flush: 16 MiB of copies
+LOOK, PUNCH = 8, 64  # cost of looking at a region, of punching; that of copying a block is 1
+PUNCHED_MIN = 16  # blocks: shorter runs are not worth a system call of their own
+_NOTHING = memoryview(EMPTY_MAP).cast("I")
 
 
 @dataclass
 class Batch:
-    """Blocks of one region on their way from P to C."""
+    """Blocks of one region on their way from P to C, as masks (masks.py)."""
 
-    first_block: int
-    entries: list[int]  # P's entries at stage 1; ABSENT: nothing here, or not taken over
-    moved: list[bool]  # C had no entry at stage 1
+    region: int
+    entries: memoryview  # P's map block at stage 1
+    moved: int  # C had no entry at stage 1
+    data: int  # those of them whose entry is a checksum
+    shadowed: int  # C had one
 
 
 class Folder:
@@ -62,9 +70,13 @@ class Folder:
         self._parent: LayerInfo | None = None
         self._child: LayerInfo | None = None
         self._keep = False  # P's file is another directory's, too
+        self._copying = False  # the second walk
         self._next_block = 0
+        self._collected = 0  # cost of what waits for the next flush
+        self._closed = False  # nothing is added to it until that flush is done
         self._copied: list[Batch] = []  # stage 1 done
         self._stored: list[Batch] = []  # stage 2 done
+        self._flushed: deque[tuple[bool, Batch]] = deque()  # due for stage 3 (True) or stage 2
         self._flush_needed = 0  # sequence number
 
     def start_over(self) -> None:
@@ -83,53 +95,40 @@ class Folder:
             return 0.0
         return min(1.0, self._next_block / self._store.block_count)
 
-    def step(self, budget_blocks: int) -> bool:
-        """Do at most one batch per stage; True if there is more to do."""
-        store = self._store
+    def step(self, budget: int) -> bool:
+        """Work that costs about as much as copying so many blocks; True if there is more to do."""
         if self.waiting:
             return True
         self._choose()
         if self._parent is None or self._child is None:
             return False
+        store = self._store
         parent, child = store.layer_file(self._parent.id), store.layer_file(self._child.id)
-        for batch in self._stored:
-            self._clear(parent, batch, moved=True)
-        self._stored = []
-        for batch in self._copied:
-            self._store_entries(batch, parent, child)
-        self._stored, self._copied = self._copied, []
-        if self._stored:
-            self._changed(child)  # now: what follows may fail, and P must wait for a flush even so
-        batch_next, stalled = None, False
-        for budget in (budget_blocks, 16, 1):
-            try:
-                batch_next = self._copy(parent, child, min(budget, budget_blocks))
-            except StorageError as error:
-                if error.errno not in FULL_DISK:
-                    raise
-                stalled = True  # the smallest step did not fit either, if it stays so
-                store.file.reserve.release()
-            else:
-                stalled = False
-                break
-        if batch_next is not None:
-            self._copied.append(batch_next)
-        if self._stored or self._copied:
-            self._changed(child)
-            return True
-        if stalled:
-            return False
-        if self._parent.id in self._stuck:
-            self.reset()
-        else:
-            self._drop(self._parent)
+        if self._closed:
+            self._flushed += [(True, batch) for batch in self._stored]
+            self._flushed += [(False, batch) for batch in self._copied]
+            self._stored, self._copied = [], []
+            self._closed, self._collected = False, 0
+        cost = 0
+        while cost < budget:
+            if self._flushed:
+                cost += self._finish(*self._flushed[0], parent, child)
+                self._flushed.popleft()
+                continue
+            if self._collected < COLLECT:
+                spent = self._collect(parent, child, max(1, budget - cost))
+                if spent is None:
+                    return False
+                if spent:
+                    cost += spent
+                    continue
+            if self._copied or self._stored:
+                self._closed = True
+                self._flush_needed = store.flushes_begun + 1
+                return True
+            if self._end_walk(parent):
+                return True
         return True
-
-    def _changed(self, child: LayerFile) -> None:
-        """C's file is different: the next step waits for a flush that begins from now on."""
-        self._store.changed(child)
-        self._store.layers_changed()
-        self._flush_needed = self._store.flushes_begun + 1
 
     def _choose(self) -> None:
         """Pick a removed layer with at most one child; drop it here if it has none."""
@@ -146,6 +145,7 @@ class Folder:
             for layer, below in chain.removed(layers):
                 if layer.id not in self._stuck and self._may_fold(layer, below):
                     self._parent, self._child = layer, below
+                    self._copying = self._keep
                     break
             else:
                 return
@@ -169,51 +169,88 @@ class Folder:
         store.adopt_without(layer)
         self.reset()
 
-    def _copy(self, parent: LayerFile, child: LayerFile, budget_blocks: int) -> Batch | None:
-        """Stage 1 for the next batch; None when P is empty from here on."""
+    def _end_walk(self, parent: LayerFile) -> bool:
+        """All of a walk is done and durable; True: so is this layer."""
         assert self._parent is not None
-        left = LOOKED_AT_MAX
-        while True:
-            region = parent.next_region(self._next_block // BLOCKS_PER_REGION)
-            if region < 0:
-                return None
-            first = max(self._next_block, region * BLOCKS_PER_REGION)
-            count = min(budget_blocks, (region + 1) * BLOCKS_PER_REGION - first)
-            start = (first % BLOCKS_PER_REGION) * 4
-            entries = array("I", parent.map_block(region)[start : start + count * 4])
-            theirs = array("I", child.map_block(region)[start : start + count * 4])
-            moved = [bool(mine) and not their for mine, their in zip(entries, theirs, strict=True)]
-            left -= 1
-            if any(moved) or not left or (any(entries) and not self._keep):
-                break
-            self._next_block = first + count
-        if any(moved):
-            child.make_writable(region)
-            self._prepare_head(child, first)
-        at = 0
-        while at < count:
-            end = at + 1
-            if moved[at] and entries[at] > ZEROS:
-                while end < count and moved[end] and entries[end] > ZEROS:
-                    end += 1
-                data = memoryview(bytearray((end - at) * BLOCK_BYTES))
-                parent.read(first + at, end - at, data)
-                self._leave_damaged(data, entries, moved, at)
-                child.write(first + at, data)
-            at = end
-        self._next_block = first + count
-        return Batch(first, list(entries), moved)
+        self._next_block = 0
+        if not self._copying:
+            self._copying = True
+            return False
+        if self._parent.id in self._stuck:
+            self.reset()
+            return True
+        if not self._keep and parent.next_region(0) >= 0:
+            return False  # a step failed half way: it gets what is left
+        self._drop(self._parent)
+        return True
 
-    def _leave_damaged(
-        self, data: memoryview, entries: array[int], moved: list[bool], start: int
-    ) -> None:
-        """Take blocks that do not match their entries out of a batch: a copy would be no better."""
+    # ---- stage 1 ------------------------------------------------------------------------------
+
+    def _collect(self, parent: LayerFile, child: LayerFile, budget: int) -> int | None:
+        """The next batches of this walk; what that cost, 0 at its end, None: no space for one."""
+        cost: int | None = None
+        for some in (budget, 16, 1):
+            try:
+                cost = self._copy(parent, child, min(some, budget))
+                break
+            except StorageError as error:
+                if error.errno not in FULL_DISK:
+                    raise
+                if self._copied or self._stored:
+                    return 0  # there is space when these are done
+                self._store.file.reserve.release()
+        if cost is not None:
+            self._collected += cost
+        return cost
+
+    def _copy(self, parent: LayerFile, child: LayerFile, budget: int) -> int:
+        """Look at what comes next in P, at most a region; copy what has to be."""
+        region = parent.next_region(self._next_block // BLOCKS_PER_REGION)
+        if region < 0:
+            return 0
+        base = region * BLOCKS_PER_REGION
+        entries = parent.map_block(region)
+        mine, mine_data = masks(entries)
+        start = mine.to_bytes(BLOCKS_PER_REGION, "little").find(
+            0xFF, max(0, self._next_block - base)
+        )
+        count = min(budget, BLOCKS_PER_REGION - start) if self._copying else BLOCKS_PER_REGION
+        if start < 0:
+            self._next_block = base + BLOCKS_PER_REGION
+            return LOOK
+        mine &= span(start, count)
+        theirs, _ = masks(child.map_block(region))
+        moved, shadowed = mine & ~theirs, mine & theirs
+        view = memoryview(entries).cast("I")
+        cost = LOOK
+        if not self._copying:
+            if shadowed:
+                self._copied.append(Batch(region, view, 0, 0, shadowed))
+        elif moved or not self._keep:
+            batch = Batch(region, view, moved, moved & mine_data, shadowed)
+            if moved:
+                child.make_writable(region)
+                self._prepare_head(child, base)
+                self._copy_data(parent, child, batch)
+                self._changed(child)
+            self._copied.append(batch)
+            cost += batch.data.bit_count() // 8
+        self._next_block = base + min(start + count, BLOCKS_PER_REGION)
+        return cost
+
+    def _copy_data(self, parent: LayerFile, child: LayerFile, batch: Batch) -> None:
+        """Copy what matches its entry; a copy of the rest would be no better."""
         assert self._parent is not None
-        for at in range(0, len(data), BLOCK_BYTES):
-            number = start + at // BLOCK_BYTES
-            if block_checksum(data[at : at + BLOCK_BYTES]) != entries[number]:
-                entries[number], moved[number] = ABSENT, False
+        base = batch.region * BLOCKS_PER_REGION
+        for at, length in runs(batch.data):
+            data = memoryview(bytearray(length * BLOCK_BYTES))
+            parent.read(base + at, length, data)
+            damaged = _damaged(data, batch.entries, at)
+            if damaged:
+                batch.data &= ~damaged
+                batch.moved &= ~damaged
                 self._stuck.add(self._parent.id)
+            child.write(base + at, data)
 
     def _prepare_head(self, child: LayerFile, block: int) -> None:
         """Allocate what stage 2 stores to, so that it cannot run out of space."""
@@ -222,65 +259,86 @@ class Folder:
         if child is self._store.head:
             self._store.marks.make_writable(zone)
 
+    def _changed(self, child: LayerFile) -> None:
+        self._store.changed(child)
+        self._store.layers_changed()
+
+    # ---- stages 2 and 3 -----------------------------------------------------------------------
+
+    def _finish(
+        self, entries_stored: bool, batch: Batch, parent: LayerFile, child: LayerFile
+    ) -> int:
+        """The stage after a flush; what that cost."""
+        if entries_stored:
+            return LOOK + self._clear(parent, batch.region, batch.moved)
+        cost = LOOK
+        if batch.moved:
+            self._store_entries(batch, parent, child)
+            self._stored.append(batch)
+            self._changed(child)
+            cost += batch.data.bit_count() // 16
+        return cost + self._clear(parent, batch.region, batch.shadowed)
+
     def _store_entries(self, batch: Batch, parent: LayerFile, child: LayerFile) -> None:
         """Stage 2."""
         assert self._parent is not None
-        store = self._store
-        region = batch.first_block // BLOCKS_PER_REGION
-        if any(batch.moved):
-            store.mark_dirty([region // REGIONS_PER_ZONE])
-            child.make_writable(region)
-            self._forget_damaged(batch, child)
-        shift = (region << 20) + 1024  # layer.entry_number
+        store, base = self._store, batch.region * BLOCKS_PER_REGION
+        zone = batch.region // REGIONS_PER_ZONE
+        store.mark_dirty([zone])
+        child.make_writable(batch.region)
+        theirs, _ = masks(child.map_block(batch.region))
+        self._forget_damaged(batch, child, batch.data & ~theirs)
+        stored = batch.moved & ~theirs
+        if self._parent.parent == 0:
+            stored &= batch.data  # nothing is beneath: absent reads as zeros, too
+        elif child is store.head:
+            for at, length in runs(stored & ~batch.data):
+                store.marks.make_writable(zone)
+                store.marks.mark(base + at, length, durable=False)
         index = store.index.memory
-        for number, entry in enumerate(batch.entries):
-            block = batch.first_block + number
-            if not batch.moved[number] or child.map[block + shift] != ABSENT:
-                continue
-            if entry == ABSENT:
-                continue
-            if entry == ZEROS:
-                if self._parent.parent == 0:
-                    continue  # nothing beneath: absent reads the same
-                if child is store.head:
-                    store.marks.make_writable(block // BLOCKS_PER_ZONE)
-                    store.marks.mark(block, 1, durable=False)
-            child.map[block + shift] = entry
-            if index[block] == parent.slot:
-                index[block] = child.slot
-        self._clear(parent, batch, moved=False)
+        takes_over = bytes.maketrans(bytes([parent.slot]), bytes([child.slot]))
+        for at, length in runs(stored):
+            child.store(base + at, batch.entries[at : at + length])
+            slots = index[base + at : base + at + length]
+            index[base + at : base + at + length] = slots.translate(takes_over)
 
-    def _clear(self, parent: LayerFile, batch: Batch, *, moved: bool) -> None:
-        if not self._keep:
-            _clear(parent, batch, moved=moved)
-
-    def _forget_damaged(self, batch: Batch, child: LayerFile) -> None:
+    def _forget_damaged(self, batch: Batch, child: LayerFile, copies: int) -> None:
         """Drop from a batch the copies that C's file no longer holds; they are made again."""
-        shift = ((batch.first_block // BLOCKS_PER_REGION) << 20) + 1024
-        data = memoryview(bytearray(len(batch.entries) * BLOCK_BYTES))
-        child.read(batch.first_block, len(batch.entries), data)
-        for number, entry in enumerate(batch.entries):
-            block = batch.first_block + number
-            if entry <= ZEROS or not batch.moved[number] or child.map[block + shift] != ABSENT:
-                continue
-            if block_checksum(data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != entry:
-                batch.entries[number] = ABSENT
-                self._next_block = min(self._next_block, block)
+        base = batch.region * BLOCKS_PER_REGION
+        for at, length in runs(copies):
+            data = memoryview(bytearray(length * BLOCK_BYTES))
+            child.read(base + at, length, data)
+            damaged = _damaged(data, batch.entries, at)
+            if damaged:
+                batch.data &= ~damaged
+                batch.moved &= ~damaged
+                self._next_block = min(self._next_block, base + at)
+
+    def _clear(self, parent: LayerFile, region: int, mask: int) -> int:
+        """Take blocks away from P; what that cost.
+
+        The space of short runs comes back with the last block of their region, in one go.
+        """
+        if self._keep or not mask:
+            return 0
+        parent.make_writable(region)
+        base, cleared = region * BLOCKS_PER_REGION, runs(mask)
+        for at, length in cleared:
+            parent.store(base + at, _NOTHING[:length])
+        self._store.layers_changed()
+        long = [run for run in cleared if run[1] >= PUNCHED_MIN]
+        if parent.map_block(region) == EMPTY_MAP:
+            long = [(0, BLOCKS_PER_REGION)]
+        for at, length in long:
+            parent.punch(base + at, length)
+        return len(cleared) + PUNCH * len(long)
 
 
-def _clear(parent: LayerFile, batch: Batch, *, moved: bool) -> None:
-    """Clear and punch the moved, or the shadowed, blocks of a batch in P."""
-    region = batch.first_block // BLOCKS_PER_REGION
-    parent.make_writable(region)
-    shift = (region << 20) + 1024
-    at, count = 0, len(batch.entries)
-    while at < count:
-        end = at + 1
-        if batch.entries[at] != ABSENT and batch.moved[at] == moved:
-            while end < count and batch.entries[end] != ABSENT and batch.moved[end] == moved:
-                end += 1
-            first = batch.first_block + at
-            for block in range(first, first + end - at):
-                parent.map[block + shift] = ABSENT
-            parent.punch(first, end - at)
-        at = end
+def _damaged(data: memoryview, entries: memoryview, start: int) -> int:
+    """The mask of those blocks from `start` on whose data is not what their entries say."""
+    found = 0
+    for number in range(len(data) // BLOCK_BYTES):
+        block = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+        if block_checksum(block) != entries[start + number]:
+            found |= span(start + number, 1)
+    return found

@@ -22,12 +22,14 @@ from blockd.loop import Loop
 from protocol import replica as wire
 from protocol.errors import BlockdError, ConflictError, StorageError
 from protocol.units import BLOCK_BYTES, PIECE_BYTES_MAX
-from snapshots.replica import Replica
+from snapshots.replica import MAINTAIN_BLOCKS, Replica
 
 READ_BLOCKS_MAX = (
     PIECE_BYTES_MAX // BLOCK_BYTES
 )  # of one read, or of several that are read together
-MAINTAIN_DELAY_SECONDS = 0.05  # between steps of background work, so that requests come first
+MAINTAIN_DELAY_SECONDS = 0.02  # between steps of background work, so that requests come first
+IDLE_DELAY_SECONDS = 0.001  # the same while there are none
+IDLE_BLOCKS = 1024  # of one step while there are no requests; one that comes waits for it
 
 
 def next_part(counts: Sequence[int], at: int, most: int) -> tuple[int, int]:
@@ -53,6 +55,7 @@ class ReplicaService:
         self._refused = ""  # set when a write was not applied: our place in the order means nothing
         self.flushing = Flushing(loop, replica)
         self._maintaining = False
+        self._seen = (0, 0)  # reads and writes at the last step of background work
         self._closed = False
         self.changes = ReplicaChanges(self)
         self.controls = ReplicaControl(self)
@@ -204,7 +207,8 @@ class ReplicaService:
         """Something changed: folding or clean-up may be due."""
         if not self._maintaining and not self._closed:
             self._maintaining = True
-            self.loop.later(MAINTAIN_DELAY_SECONDS, self._maintain)
+            idle = self._seen == (self.reads, self.writes)
+            self.loop.later(IDLE_DELAY_SECONDS if idle else MAINTAIN_DELAY_SECONDS, self._maintain)
 
     def _maintain(self) -> None:
         """One step; a flush it needs runs in a thread like any other."""
@@ -217,8 +221,10 @@ class ReplicaService:
             if self.flushing.running:
                 self.worked()
             return
+        requests = (self.reads, self.writes)
+        idle, self._seen = self._seen == requests, requests
         try:
-            more = replica.maintain(inline_flush=False)
+            more = replica.maintain(IDLE_BLOCKS if idle else MAINTAIN_BLOCKS, inline_flush=False)
         except BlockdError as error:
             process.log(f"background work stopped: {error}")
             return

@@ -9,13 +9,16 @@ import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from protocol.checksum import block_checksum
 from protocol.errors import NotFoundError, StateError
 from snapshots.layer import block_offset
-from tests.snapshots.model import REGION, Model, fill, read_blocks
+from snapshots.replica import Replica
+from tests.snapshots.disk import VolatileDisk
+from tests.snapshots.model import REGION, ZERO, Model, fill, kill, read_blocks, write
 
 FIRST = REGION - 4
 
@@ -65,9 +68,10 @@ def being_folded(path: Path, steps: int) -> Model:
 def test_an_operation_between_any_two_steps_is_not_undone(
     operation: Callable[[Model], None], killed: bool, tmp_path: Path
 ) -> None:
-    for steps in range(9):
+    for steps in range(40):
         model = being_folded(tmp_path / str(steps), steps)
         model.check()
+        done = 2 not in {layer.id for layer in model.replica.tree()}
         operation(model)
         model.check()
         if killed:
@@ -80,6 +84,62 @@ def test_an_operation_between_any_two_steps_is_not_undone(
         model.reopen()
         model.check()
         model.replica.close()
+        if done:
+            assert steps > 8
+            return
+    raise AssertionError("folding does not end")
+
+
+@pytest.mark.parametrize("budget", [3, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_power_cut_between_any_two_steps_loses_nothing(
+    seed: int, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(seed)
+    for steps in range(60):
+        directory = tmp_path / str(steps)
+        with monkeypatch.context() as patch:
+            disk = VolatileDisk(directory, patch)
+            model = being_folded(directory, 0)
+            model.write(FIRST - 40, list(range(1, 30)))
+            model.replica.flush()
+            if seed % 2:
+                write(model.replica, FIRST + 3, [99])  # over 14, and nothing asks for a flush
+            for _ in range(steps):
+                model.replica.maintain(budget)
+            done = 2 not in {layer.id for layer in model.replica.tree()}
+            kill(model.replica)
+            disk.cut_power(random)
+            model.replica = Replica.open(directory)
+            if seed % 2:
+                (found,) = read_blocks(model.replica, FIRST + 3, 1)
+                assert set(memoryview(found).cast("I")) <= {14, 99}
+                model.write(FIRST + 3, [99])
+            model.check()
+            while model.replica.maintain(budget):
+                model.check()
+            assert 2 not in {layer.id for layer in model.replica.tree()}
+            model.replica.close()
+        if done:
+            return
+    raise AssertionError("folding does not end")
+
+
+def test_zeros_that_came_by_folding_stay_under_a_write_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = VolatileDisk(tmp_path, monkeypatch)
+    model = being_folded(tmp_path / "replica", 0)
+    while model.replica.maintain():
+        pass
+    model.replica.flush()
+    write(model.replica, FIRST + 5, [77])
+    kill(model.replica)  # the map entry of the write survives, its data does not
+    map_page = 1 + (FIRST + 5) // REGION * (REGION + 1)
+    disk.cut_power_keeping(lambda name, page: page == map_page)
+    replica = Replica.open(tmp_path / "replica")
+    assert read_blocks(replica, FIRST + 5, 1) == [ZERO], "and not what snapshot 1 has there"
+    replica.close()
 
 
 def test_without_an_inline_flush_folding_waits_for_the_callers(tmp_path: Path) -> None:
