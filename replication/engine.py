@@ -236,6 +236,8 @@ class Engine(Reading):
         self._finish_flush(flush)
 
     def _finish_flush(self, flush: _Flush, error: BlockdError | None = None) -> None:
+        if error is None and not self.targets:
+            error = StorageError("the last replica in sync is gone")  # nobody has made it durable
         if self.suspended and error is None and flush.for_client:
             return  # until there are enough members again
         if flush in self.flushes and (error is not None or not flush.waiting):

@@ -163,3 +163,26 @@ def test_a_member_being_rebuilt_takes_part_in_flushes() -> None:
     world.settle()
     assert flush.error == 0
     assert outcome == [None]
+
+
+def test_a_flush_that_nobody_is_left_for_fails_whatever_the_failure_of_another_one_does() -> None:
+    """A rebuild's flush fails first, its member leaves, and no target is left to wait for."""
+    world = World(1)
+    world.write(0, BLOCK)
+    world.settle()
+    world.pipes["r0"].stalled = True
+    engine = world.engine
+    errors: list[object] = []
+
+    def rebuild_ends(error: object) -> None:
+        errors.append(error)
+        engine.set_members([], [])
+
+    engine.flush_then(rebuild_ends)
+    flush = world.flush()
+    engine.flush_then(errors.append)
+    world.lose("r0")
+    world.settle()
+    assert flush.error == errno.EIO
+    assert len(errors) == 2
+    assert None not in errors
