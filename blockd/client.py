@@ -182,6 +182,18 @@ class Client:
         path = f"{_snapshot_path(volume, name)}/revert"
         return _object(self._call("POST", path, body={"force": force}, wait=wait))
 
+    def snapshot_attach(
+        self, volume: str, name: str, frontend: str, *, wait: float = WAIT_SECONDS
+    ) -> Json:
+        """Give a snapshot a read-only device or NBD address of its own."""
+        path = f"{_snapshot_path(volume, name)}/attach"
+        return _object(self._call("POST", path, body={"frontend": frontend}, wait=wait))
+
+    def snapshot_detach(self, volume: str, name: str, *, wait: float = WAIT_SECONDS) -> Json:
+        """Take a snapshot's device down."""
+        path = f"{_snapshot_path(volume, name)}/detach"
+        return _object(self._call("POST", path, body={}, wait=wait))
+
     def snapshot_clone(
         self, volume: str, name: str, body: Mapping[str, Any], *, wait: float = WAIT_SECONDS
     ) -> Json:

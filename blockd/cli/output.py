@@ -198,10 +198,12 @@ def replica_table(replicas: list[Json]) -> None:
 
 
 def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
-    """One line per snapshot; with sizes if they are known."""
+    """One line per snapshot; with sizes if they are known, with devices if there are any."""
     sizes = any("exclusive_bytes" in snapshot for snapshot in snapshots)
+    attached = any(snapshot.get("nbd_uri") for snapshot in snapshots)
+    extra = (("DATA", "FREES") if sizes else ()) + (("DEVICE",) if attached else ())
     rows(
-        ("NAME", "CREATED", "AGE", "ID", *(("DATA", "FREES") if sizes else ()), "LABELS"),
+        ("NAME", "CREATED", "AGE", "ID", *extra, "LABELS"),
         [
             (
                 f"{volume_name}@{bare_snapshot_name(snapshot)}",
@@ -216,6 +218,7 @@ def snapshot_table(snapshots: list[Json], *, volume_name: str) -> None:
                     if sizes
                     else ()
                 ),
+                *((snapshot.get("device") or snapshot.get("nbd_uri"),) if attached else ()),
                 labels_text(snapshot.get("labels")),
             )
             for snapshot in snapshots

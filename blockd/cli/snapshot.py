@@ -6,6 +6,7 @@ import click
 
 from blockd.cli import output as out
 from blockd.cli.common import (
+    FRONTENDS,
     Settings,
     hint,
     label_option,
@@ -240,13 +241,64 @@ def diff(settings: Settings, snapshot: tuple[str, str], later: str | None, outpu
 @snapshot.command(
     epilog="""\b
 Examples:
-  blockd snapshot revert data@monday
-  blockd snapshot revert data@monday --force    # unmounts and detaches, then puts it back
+  blockd snapshot attach data@monday
+  blockd snapshot attach data@monday --frontend socket    # an NBD address only; needs no root
 """
 )
 @snapshot_argument
 @click.option(
-    "--force", is_flag=True, help="Do it while attached: unmount, detach, revert, put back."
+    "--frontend",
+    type=click.Choice(FRONTENDS),
+    default="auto",
+    show_default=True,
+    help="How consumers reach it: fuse gives a block device, socket an NBD address.",
+)
+@timeout_option
+@output_option
+@pass_settings
+def attach(
+    settings: Settings, snapshot: tuple[str, str], frontend: str, timeout: float, output: str
+) -> None:
+    """Give a snapshot a read-only device, beside the volume and other snapshots."""
+    volume, name = snapshot
+    with settings.client() as client, waiting(f"attaching {volume}@{name}"):
+        attached = client.snapshot_attach(volume, name, frontend, wait=timeout)
+    out.show(attached, output, lambda view: out.snapshot_table([view], volume_name=volume))
+    if attached.get("device"):
+        hint(f"next: mount -o ro,noload {attached['device']} DIR   (xfs: -o ro,norecovery,nouuid)")
+
+
+@snapshot.command(
+    epilog="""\b
+Example:
+  blockd snapshot detach data@monday
+"""
+)
+@snapshot_argument
+@timeout_option
+@output_option
+@pass_settings
+def detach(settings: Settings, snapshot: tuple[str, str], timeout: float, output: str) -> None:
+    """Remove a snapshot's device; refused while something uses it."""
+    volume, name = snapshot
+    with settings.client() as client, waiting(f"detaching {volume}@{name}"):
+        detached = client.snapshot_detach(volume, name, wait=timeout)
+    out.show(detached, output, lambda view: out.snapshot_table([view], volume_name=volume))
+
+
+@snapshot.command(
+    epilog="""\b
+Examples:
+  blockd snapshot revert data@monday
+  blockd snapshot revert data@monday --force-unmount    # unmounts it and mounts it again
+"""
+)
+@snapshot_argument
+@click.option(
+    "--force-unmount",
+    "force",
+    is_flag=True,
+    help="Do it although it is mounted or has NBD clients: unmount it, end them, mount it again.",
 )
 @timeout_option
 @output_option
@@ -254,7 +306,10 @@ Examples:
 def revert(
     settings: Settings, snapshot: tuple[str, str], force: bool, timeout: float, output: str
 ) -> None:
-    """Make a volume's content that of a snapshot again; what was written since is dropped."""
+    """Make a volume's content that of a snapshot again; what was written since is dropped.
+
+    The device of an attached volume is gone for a moment; one that is in use is not taken away.
+    """
     volume, name = snapshot
     with settings.client() as client, waiting(f"reverting volume {volume} to {name}"):
         reverted = client.snapshot_revert(volume, name, force=force, wait=timeout)

@@ -12,6 +12,7 @@ from blockd.cli import images
 from blockd.cli import output as out
 from blockd.cli.clone import clone
 from blockd.cli.common import (
+    FRONTENDS,
     Function,
     Settings,
     hint,
@@ -31,7 +32,6 @@ from blockd.client import Client, Json
 from protocol.errors import DeadlineError, StateError, StorageError
 from protocol.units import REPLICAS_MAX, check_name, parse_rate, parse_size
 
-FRONTENDS = ("auto", "fuse", "socket")
 FILE_SYSTEMS = ("ext4", "xfs")
 VERIFY_SECONDS = 7 * 86_400.0  # a large volume beside busy users takes days
 POLL_SECONDS = 0.3  # a person sees it as continuous; each poll costs one status

@@ -14,22 +14,29 @@ from urllib.parse import quote
 
 @dataclass(frozen=True)
 class Target:
-    """The volume a front end serves: where its daemon listens, and a directory for own files.
+    """What a front end serves, a volume or (read-only) VOLUME@SNAPSHOT: under which name, where its
+    daemon listens, and a directory for own files.
 
     `daemon` identifies the running volume daemon (its epoch); a device that was made for an
     earlier one has lost its connection.
     """
 
-    volume: str
+    export: str
     directory: Path
     nbd_socket: Path
     block_size: int
     daemon: str
+    read_only: bool = False
+
+    @property
+    def what(self) -> str:
+        """It, in a message."""
+        return f"{'snapshot' if self.read_only else 'volume'} {self.export}"
 
     @property
     def nbd_uri(self) -> str:
-        """The volume as an NBD URI."""
-        return f"nbd+unix:///{quote(self.volume, safe='')}?socket={quote(str(self.nbd_socket))}"
+        """Its NBD URI."""
+        return f"nbd+unix:///{quote(self.export, safe='')}?socket={quote(str(self.nbd_socket))}"
 
 
 @dataclass(frozen=True)

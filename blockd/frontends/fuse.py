@@ -68,9 +68,11 @@ class FuseFrontEnd:
             return found
         if found is not None:
             self.detach(target)
+        target.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _note_daemon(target)
         _start_nbdfuse(target, file)
         arguments = ["--find", "--show", "--direct-io=on"]
+        arguments += ["--read-only"] if target.read_only else []
         arguments += ["--sector-size", str(target.block_size), str(file)]
         device = tools.run("losetup", arguments).strip()
         return Attachment(device)
@@ -79,11 +81,11 @@ class FuseFrontEnd:
         file = _file(target)
         device = _loop_device(file)
         if device is not None:
-            _refuse_if_used(target.volume, device)
+            _refuse_if_used(target, device)
             tools.run("losetup", ["--detach", device])
-            _wait_for_loop_end(target.volume, file, device)
+            _wait_for_loop_end(target, file, device)
         if _is_mounted(file):
-            _unmount_file(target.volume, file)
+            _unmount_file(target, file)
         _wait_for_nbdfuse_end(target)
         for path in (file, _daemon_path(target), _pid_path(target)):
             with contextlib.suppress(FileNotFoundError):
@@ -177,13 +179,14 @@ def _start_nbdfuse(target: Target, file: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _refuse_if_used(volume: str, device: str) -> None:
+def _refuse_if_used(target: Target, device: str) -> None:
     """ConflictError while a file system is mounted from the device or something holds it."""
     where = [mount.path for mount in processes.mounts() if mount.source == device]
     if where:
+        by_blockd = "" if target.read_only else f"`blockd volume umount {target.export}` or "
         raise ConflictError(
-            f"volume {volume} ({device}) is mounted at {', '.join(where)}; "
-            f"unmount it first: `blockd volume umount {volume}` or umount {where[0]}"
+            f"{target.what} ({device}) is mounted at {', '.join(where)}; unmount it first: "
+            f"{by_blockd}umount {where[0]}"
         )
     try:
         # An exclusive open fails while a mount, swap or another device holds this one.
@@ -192,33 +195,33 @@ def _refuse_if_used(volume: str, device: str) -> None:
         if error.errno != 16:  # EBUSY; any other error is the device's own and no reason to stay
             return
         raise ConflictError(
-            f"volume {volume} ({device}) is in use by {processes.users_text(device)}; "
+            f"{target.what} ({device}) is in use by {processes.users_text(device)}; "
             "close it and detach again"
         ) from None
     users = processes.users_of(device)
     if users:
         raise ConflictError(
-            f"volume {volume} ({device}) is open in {processes.users_text(device)}; "
+            f"{target.what} ({device}) is open in {processes.users_text(device)}; "
             "close it and detach again"
         )
 
 
-def _wait_for_loop_end(volume: str, file: Path, device: str) -> None:
+def _wait_for_loop_end(target: Target, file: Path, device: str) -> None:
     deadline = time.monotonic() + END_SECONDS
     while _loop_device(file) is not None:
         if time.monotonic() > deadline:
             raise ConflictError(
-                f"volume {volume} ({device}) is in use by {processes.users_text(device)}; it "
+                f"{target.what} ({device}) is in use by {processes.users_text(device)}; it "
                 "goes away when that closes it; detach again then"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _unmount_file(volume: str, file: Path) -> None:
+def _unmount_file(target: Target, file: Path) -> None:
     done = tools.attempt("umount", [str(file)])
     if done.returncode != 0 and _is_mounted(file):
         raise ConflictError(
-            f"volume {volume}: {file} cannot be unmounted ({done.stderr.strip()}); "
+            f"{target.what}: {file} cannot be unmounted ({done.stderr.strip()}); "
             "close what uses it and detach again"
         )
 
@@ -234,4 +237,4 @@ def _wait_for_nbdfuse_end(target: Target) -> None:
                 os.kill(pid, number)
         if processes.wait_for_end(pid, END_SECONDS):
             return
-    raise ConflictError(f"nbdfuse (pid {pid}) of volume {target.volume} does not end")
+    raise ConflictError(f"nbdfuse (pid {pid}) of {target.what} does not end")

@@ -243,6 +243,34 @@ def snapshot_revert(
     return operations.revert(name, snapshot, (data or RevertBody()).force, wait)
 
 
+@post(
+    "/v1/volumes/{name:str}/snapshots/{snapshot:str}/attach", status_code=200, sync_to_thread=True
+)
+def snapshot_attach(
+    operations: Ops,
+    name: FromPath[str],
+    snapshot: FromPath[str],
+    data: JSONBody[AttachBody | None] = None,
+    wait: Wait = WAIT_SECONDS,
+) -> SnapshotView:
+    """Give a snapshot a read-only device or NBD address of its own."""
+    return operations.snapshot_attach(name, snapshot, (data or AttachBody()).frontend, wait)
+
+
+@post(
+    "/v1/volumes/{name:str}/snapshots/{snapshot:str}/detach", status_code=200, sync_to_thread=True
+)
+def snapshot_detach(
+    operations: Ops,
+    name: FromPath[str],
+    snapshot: FromPath[str],
+    data: JSONBody[EmptyBody | None] = None,
+    wait: Wait = WAIT_SECONDS,
+) -> SnapshotView:
+    """Take a snapshot's device down."""
+    return operations.snapshot_detach(name, snapshot, wait)
+
+
 @post("/v1/volumes/{name:str}/snapshots/{snapshot:str}/clone", sync_to_thread=True)
 def snapshot_clone(
     operations: Ops,
@@ -349,6 +377,8 @@ HANDLERS = [
     snapshot_show,
     snapshot_delete,
     snapshot_revert,
+    snapshot_attach,
+    snapshot_detach,
     snapshot_clone,
     snapshot_diff,
     replica_list,

@@ -73,7 +73,7 @@ class SnapshotBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RevertBody(msgspec.Struct, forbid_unknown_fields=True):
-    """`force`: unmount, detach, revert and put back, if the volume is attached."""
+    """`force`: if the volume is mounted or has NBD clients, unmount it and end them first."""
 
     force: bool = False
 

@@ -120,16 +120,18 @@ class Context:
             identity=("volume_uuid", uid),
         )
 
-    def target(self, volume: Volume, epoch: int) -> Target:
-        """The volume as a front end sees it."""
+    def target(self, volume: Volume, epoch: int, snapshot: str = "") -> Target:
+        """The volume, or one of its snapshots, as a front end sees it."""
         name = volume.metadata.name
         sockets = self.home.socket_directory(name, volume.metadata.uid)
+        directory = self.home.volume_directory(name)
         return Target(
-            volume=name,
-            directory=self.home.volume_directory(name),
+            export=f"{name}@{snapshot}" if snapshot else name,
+            directory=directory / "snapshots" / snapshot if snapshot else directory,
             nbd_socket=sockets / "nbd.sock",
             block_size=volume.spec.block_size,
             daemon=str(epoch),
+            read_only=bool(snapshot),
         )
 
 

@@ -13,6 +13,7 @@ from blockd.node.context import Context
 from blockd.node.objects import Volume, VolumeSpec
 from blockd.node.operations import Operations
 from blockd.node.reconcile_devices import DeviceReconciler
+from blockd.node.reconcile_snapshot_devices import SnapshotDeviceReconciler
 from blockd.node.views import VolumeView
 from protocol.errors import BlockdError, ConflictError, NotFoundError
 
@@ -109,7 +110,7 @@ def _tell_next(views: list[VolumeView], context: Context) -> None:
     for command in (
         f"volume show {name}",
         f"snapshot create {name}@first",
-        f"snapshot revert {name}@first --force",
+        f"snapshot revert {name}@first --force-unmount",
         f"replica ls {name}",
     ):
         say(f"  {prefix} {command}")
@@ -148,6 +149,7 @@ def _stop_volume(
             stop,
         )
         say(f"volume {name} is detached")
+    _patiently(lambda: SnapshotDeviceReconciler(context).take_all_down(volume), stop)
     context.supervisor.stop(context.volume_daemon(volume, []))
     daemons = [context.replica_daemon(volume, item) for item in context.replicas_of(name)]
     running = [daemon for daemon in daemons if context.supervisor.pid(daemon) is not None]

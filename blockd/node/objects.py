@@ -184,21 +184,34 @@ class Replica(msgspec.Struct):
 
 
 class SnapshotSpec(msgspec.Struct):
-    """Which volume, and the snapshot's name there; `freeze`: with its file system frozen."""
+    """Which volume, and the snapshot's name there; `freeze`: with its file system frozen.
+
+    `attached`: it has a read-only device or NBD address of its own, through `frontend`.
+    """
 
     volume: str
     name: str
     freeze: bool = False
+    attached: bool = False
+    frontend: str = "auto"
 
 
 class SnapshotStatus(msgspec.Struct):
-    """What a snapshot is; `layer_id` and `parent` are the layer's."""
+    """What a snapshot is; `layer_id` and `parent` are the layer's.
+
+    `frontend` is the one it is attached through; `problem` says why it could not be made, removed,
+    attached or detached. `observed_generation`: the spec it is attached or detached for.
+    """
 
     ready: bool = False
     created: str | None = None
     layer_id: int | None = None
     parent: int | None = None
     size_bytes: int = 0
+    frontend: str | None = None
+    device: str | None = None
+    nbd_uri: str | None = None
+    observed_generation: int = 0
     problem: Problem | None = None
 
 

@@ -9,67 +9,44 @@ that it does not come true by surprise later.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
-
-import msgspec
 
 from blockd.frontends import check as check_front_end
 from blockd.frontends import choose
 from blockd.node import control, mounts
 from blockd.node.checks import check_path, check_range, check_settings
-from blockd.node.context import SNAPSHOT_FINALIZER, VOLUME_FINALIZER, Context
+from blockd.node.context import VOLUME_FINALIZER
 from blockd.node.objects import (
     BLOCK_SIZES,
     Metadata,
     Mount,
-    Problem,
     Replica,
-    Revert,
-    Snapshot,
-    SnapshotSpec,
     Volume,
     VolumeSpec,
     new_uid,
-    snapshot_key,
 )
+from blockd.node.operations_common import POLL_SECONDS, late, refuse_if_final
 from blockd.node.reconcile_devices import no_device_text
-from blockd.node.reconcile_snapshots import mount_to_freeze
+from blockd.node.snapshot_operations import SnapshotOperations, attached_error
 from blockd.node.store import find, modify
-from blockd.node.supervisor import DaemonSpec
 from blockd.node.views import (
-    DiffView,
     ReplicaView,
-    SnapshotView,
-    UsageView,
     VolumeView,
-    snapshot_view,
     volume_view,
 )
-from protocol.errors import ConflictError, DeadlineError, NotFoundError, RequestError, from_code
-from protocol.units import REPLICAS_MAX, SNAPSHOTS_MAX, check_name, check_size
-from replication.authority import IN_SYNC, Record
-
-Labels = dict[str, str]
-POLL_SECONDS = 0.05
+from protocol.errors import ConflictError, DeadlineError, NotFoundError, RequestError
+from protocol.units import REPLICAS_MAX, check_name, check_size
+from replication.authority import IN_SYNC
 
 
-class Operations:
+class Operations(SnapshotOperations):
     """The verbs of the API."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._store = context.store
 
     # -- volumes --------------------------------------------------------------------------------
 
     def volumes(self) -> list[VolumeView]:
         """All volumes."""
         return [volume_view(self._context, item) for item in self._store.list(Volume)]
-
-    def volume(self, name: str) -> VolumeView:
-        """One volume."""
-        return volume_view(self._context, self._volume(name))
 
     def create(
         self, name: str, spec: VolumeSpec, labels: dict[str, str], wait_seconds: float
@@ -139,6 +116,9 @@ class Operations:
                     "or remove it with --force"
                 )
             modify(self._store, Volume, name, _want_detached)
+        for item in self._context.snapshots_of(name):
+            if item.spec.attached and not force:
+                raise attached_error(item, "volume " + name)
         self._store.delete(Volume, name)
         uid, deadline = volume.metadata.uid, time.monotonic() + wait_seconds
         while wait_seconds > 0:
@@ -147,9 +127,9 @@ class Operations:
                 return
             problem = left.status.problem
             seen = left.status.observed_generation >= left.metadata.generation
-            _refuse_if_final(problem if force and seen else None)
+            refuse_if_final(problem if force and seen else None)
             if time.monotonic() > deadline:
-                raise DeadlineError(_late(f"volume {name} is not removed", wait_seconds, left))
+                raise DeadlineError(late(f"volume {name} is not removed", wait_seconds, left))
             time.sleep(POLL_SECONDS)
 
     def attach(self, name: str, frontend: str, wait_seconds: float) -> VolumeView:
@@ -241,102 +221,6 @@ class Operations:
         )
         return self.volume(name)
 
-    # -- snapshots ------------------------------------------------------------------------------
-
-    def snapshot(self, volume: str, name: str) -> SnapshotView:
-        """One snapshot that is there."""
-        self._volume(volume)
-        item = find(self._store, Snapshot, snapshot_key(volume, name))
-        if item is None or not item.status.ready:
-            raise NotFoundError(
-                f"snapshot {volume}@{name} does not exist; see `blockd snapshot ls {volume}`"
-            )
-        return snapshot_view(item, self._record(volume))
-
-    def snapshot_create(
-        self, volume: str, name: str, labels: Labels, wait_seconds: float, freeze: bool = False
-    ) -> SnapshotView:
-        """A new snapshot; durable when this returns after a wait."""
-        found = self._volume(volume)
-        if freeze:
-            mount_to_freeze(found)
-        check_name("snapshot", name)
-        key = snapshot_key(volume, name)
-        count = len(self._context.snapshots_of(volume))
-        if count >= SNAPSHOTS_MAX and find(self._store, Snapshot, key) is None:
-            raise ConflictError(
-                f"volume {volume} has {count} snapshots, the limit is {SNAPSHOTS_MAX}; remove "
-                f"one first: `blockd snapshot rm {volume}@NAME`"
-            )
-        metadata = Metadata(name=key, labels=labels, finalizers=[SNAPSHOT_FINALIZER])
-        item = self._store.create(
-            Snapshot(metadata=metadata, spec=SnapshotSpec(volume, name, freeze))
-        )
-        deadline = time.monotonic() + wait_seconds
-        while wait_seconds > 0 and not item.status.ready:
-            problem = item.status.problem
-            if problem is not None and not problem.retry:
-                self._store.delete(Snapshot, key)
-                _refuse_if_final(problem)
-            if time.monotonic() > deadline:
-                reason = problem or self._volume(volume).status.problem
-                raise DeadlineError(
-                    f"snapshot {key} is not made after {wait_seconds:g} s and still wanted"
-                    + (f": {reason.message}" if reason else "")
-                )
-            time.sleep(POLL_SECONDS)
-            item = self._store.get(Snapshot, key)
-        return snapshot_view(item, self._record(volume))
-
-    def snapshot_remove(self, volume: str, name: str, wait_seconds: float) -> None:
-        """Remove a snapshot."""
-        self.snapshot(volume, name)
-        key = snapshot_key(volume, name)
-        self._store.delete(Snapshot, key)
-        deadline = time.monotonic() + wait_seconds
-        while wait_seconds > 0 and (left := find(self._store, Snapshot, key)) is not None:
-            if left.metadata.deleted is None:
-                return  # a new one of the same name
-            _refuse_if_final(left.status.problem)
-            if time.monotonic() > deadline:
-                raise DeadlineError(f"snapshot {key} is not removed after {wait_seconds:g} s")
-            time.sleep(POLL_SECONDS)
-
-    def revert(self, volume: str, name: str, force: bool, wait_seconds: float) -> VolumeView:
-        """Give a volume the content of a snapshot."""
-        item = self._volume(volume)
-        self.snapshot(volume, name)
-        if item.spec.attached and not force:
-            raise ConflictError(
-                f"volume {volume} is attached; detach it first, or use --force: it is unmounted, "
-                "reverted and put back"
-            )
-        revert = Revert(id=new_uid(), snapshot=name, force=force)
-        wanted = modify(self._store, Volume, volume, lambda v: setattr(v.spec, "revert", revert))
-
-        def done(item: Volume) -> bool:
-            if item.status.revert_id != revert.id:
-                return False
-            _refuse(item.status.revert_problem)
-            settled = item.status.observed_generation >= wanted.metadata.generation
-            return settled and item.status.problem is None
-
-        self._await(wanted, done, wait_seconds, f"reverted to {name}")
-        return self.volume(volume)
-
-    def snapshot_diff(self, volume: str, base: str, to: str, offset: int) -> DiffView:
-        """Where the volume (`to` empty) or a snapshot may differ from snapshot `base`."""
-        for name in (base, to) if to else (base,):
-            self.snapshot(volume, name)
-        daemon = self._running_daemon(volume, "compares snapshots")
-        answer = control.ask(daemon.control, "diff", base=base, snapshot=to, offset=offset)
-        return msgspec.convert({"extents": answer["extents"], "next": answer["next"]}, DiffView)
-
-    def usage(self, volume: str, wait_seconds: float) -> UsageView:
-        """How much data the volume and its snapshots show and hold; all maps are read for it."""
-        path = self._running_daemon(volume, "counts data").control
-        return msgspec.convert(control.ask(path, "usage", timeout_seconds=wait_seconds), UsageView)
-
     # -- replicas -------------------------------------------------------------------------------
 
     def replica_add(self, volume: str, wait_seconds: float) -> VolumeView:
@@ -416,22 +300,6 @@ class Operations:
 
     # -- helpers --------------------------------------------------------------------------------
 
-    def _volume(self, name: str) -> Volume:
-        item = find(self._store, Volume, name)
-        if item is None:
-            raise NotFoundError(f"volume {name} does not exist; see `blockd volume ls`")
-        return item
-
-    def _running_daemon(self, volume: str, what_for: str) -> DaemonSpec:
-        item = self._volume(volume)
-        daemon = self._context.volume_daemon(item, [])
-        if not item.spec.attached or not daemon.control.exists():
-            raise ConflictError(
-                f"volume {volume} is not attached, and its volume daemon {what_for}; "
-                f"attach it first: `blockd volume attach {volume}`"
-            )
-        return daemon
-
     def _live_replicas(self, volume: str) -> list[Replica]:
         return [i for i in self._context.replicas_of(volume) if i.metadata.deleted is None]
 
@@ -443,9 +311,6 @@ class Operations:
             f"volume {volume} has no replica {replica}; see `blockd replica ls {volume}`"
         )
 
-    def _record(self, volume: str) -> Record | None:
-        return self._context.authority.load(self._volume(volume).metadata.uid)
-
     def _has_its_size(self, item: Volume) -> bool:
         record = self._record(item.metadata.name) if item.status.established else None
         return record is not None and record.size_bytes >= item.spec.size_bytes
@@ -453,47 +318,6 @@ class Operations:
     def _is_member(self, volume: str, uid: str) -> bool:
         record = self._record(volume)
         return record is not None and uid in record.members
-
-    def _await(
-        self,
-        wanted: Volume,
-        done: Callable[[Volume], bool],
-        wait_seconds: float,
-        what: str,
-        undo: Callable[[Volume], None] | None = None,
-    ) -> None:
-        """Wait until `done`; a problem that waiting cannot solve is raised, after `undo`."""
-        name, generation = wanted.metadata.name, wanted.metadata.generation
-        deadline = time.monotonic() + wait_seconds
-        while wait_seconds > 0:
-            item = self._volume(name)
-            settled = item.status.observed_generation >= generation
-            if settled and item.status.problem is None and done(item):
-                return
-            if settled and item.status.problem is not None and not item.status.problem.retry:
-                if undo is not None:
-                    modify(self._store, Volume, name, undo)
-                _refuse_if_final(item.status.problem)
-            if time.monotonic() > deadline:
-                raise DeadlineError(_late(f"volume {name} is not {what}", wait_seconds, item))
-            time.sleep(POLL_SECONDS)
-
-
-def _refuse(problem: Problem | None) -> None:
-    if problem is not None:
-        error = from_code(problem.code, problem.message)
-        error.retry = problem.retry
-        raise error
-
-
-def _refuse_if_final(problem: Problem | None) -> None:
-    if problem is not None and not problem.retry:
-        _refuse(problem)
-
-
-def _late(what: str, wait_seconds: float, item: Volume) -> str:
-    reason = item.status.problem.message if item.status.problem else item.status.message
-    return f"{what} after {wait_seconds:g} s and still wanted" + (f": {reason}" if reason else "")
 
 
 def _want_detached(item: Volume) -> None:

@@ -144,6 +144,15 @@ def mount_to_freeze(volume: Volume) -> str:
     return volume.status.mount
 
 
+def mounted_error(volume: Volume) -> ConflictError:
+    """Why a volume is not reverted: whoever uses the file system would see it change."""
+    name = volume.metadata.name
+    return ConflictError(
+        f"volume {name} is mounted at {volume.status.mount}; unmount it first (`blockd volume "
+        f"umount {name}`), or use --force-unmount: it is unmounted, reverted and mounted again"
+    )
+
+
 def _waits(item: Snapshot) -> bool:
     if item.metadata.deleted is not None:
         return True

@@ -5,10 +5,10 @@ The order within a pass, and why:
 1. replicas (objects, daemons), then the record: a volume daemon needs both
 2. the volume daemon, if the volume is attached or something waits that only it can do; no volume
    daemon runs for a detached volume that nobody asks anything of
-3. what is not wanted or broken comes down: mount, then device
-4. snapshots, clones of this volume, then a revert: with the device down if the revert forces that
+3. what is not wanted or broken comes down: mount, then device; devices of snapshots
+4. snapshots, clones of this volume, then a revert: with the device down meanwhile
 5. members: added, removed, rebuilt
-6. device, then mount
+6. devices of snapshots; device, then mount
 7. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
    was the detach)
 
@@ -30,7 +30,8 @@ from blockd.node.reconcile_clones import CloneReconciler, waits_for_clone
 from blockd.node.reconcile_devices import DeviceReconciler
 from blockd.node.reconcile_members import MemberReconciler
 from blockd.node.reconcile_replicas import ReplicaReconciler, remove_tree
-from blockd.node.reconcile_snapshots import SnapshotReconciler
+from blockd.node.reconcile_snapshot_devices import SnapshotDeviceReconciler
+from blockd.node.reconcile_snapshots import SnapshotReconciler, mounted_error
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import DaemonSpec
 from protocol.errors import BlockdError, ConflictError, PeerError, StateError
@@ -53,6 +54,7 @@ class VolumeReconciler:
         self.snapshots = SnapshotReconciler(context)
         self.clones = CloneReconciler(context)
         self.devices = DeviceReconciler(context)
+        self.snapshot_devices = SnapshotDeviceReconciler(context)
         self._idle_since: dict[str, float] = {}
         self._waiting_to_grow: dict[str, str] = {}  # why a larger size has to wait
 
@@ -98,11 +100,13 @@ class VolumeReconciler:
             )
             _configure(volume, spec, answer)
             volume = self.devices.settle_down(volume, volume.status.epoch)
+            self.snapshot_devices.settle_down(volume)
             self.snapshots.reconcile(volume, spec)
             self.clones.reconcile(volume, record, spec)
             volume = self._revert(volume, spec)
             record = self.members.load(volume) or record
             self.members.align(volume, record, replicas, spec)
+            self.snapshot_devices.bring_up(volume)
             if volume.spec.attached:
                 volume = self.devices.bring_up(volume, volume.status.epoch)
             if record.size_bytes < volume.spec.size_bytes:
@@ -110,6 +114,7 @@ class VolumeReconciler:
         else:
             spec = context.volume_daemon(volume, [])
             volume = self.devices.settle_down(volume, volume.status.epoch)
+            self.snapshot_devices.settle_down(volume)
             daemon = spec if context.supervisor.pid(spec) is not None else None
             self.members.align(volume, record, replicas, daemon)
         return self._settle(volume, spec, was_attached)
@@ -120,6 +125,7 @@ class VolumeReconciler:
             volume.spec.attached
             or self.members.work(record, replicas)
             or self.snapshots.pending(volume.metadata.name)
+            or self.snapshot_devices.wanted(volume.metadata.name)
             or bool(self.clones.pending(volume.metadata.name))
             or any(local_replicas.is_local(i) and i.status.unsharing_bytes for i in replicas)
             or _revert_waits(volume)
@@ -166,12 +172,9 @@ class VolumeReconciler:
         name, problem = volume.metadata.name, None
         try:
             if volume.status.frontend is not None:
-                if not revert.force:
-                    raise ConflictError(
-                        f"volume {name} is attached; detach it first, or revert with --force to "
-                        "have it unmounted, reverted and put back"
-                    )
-                volume = self.devices.take_down(volume, volume.status.epoch, force=True)
+                if volume.status.mount is not None and not revert.force:
+                    raise mounted_error(volume)
+                volume = self.devices.take_down(volume, volume.status.epoch, force=revert.force)
             control.ask(spec.control, "snapshot-revert", name=revert.snapshot, force=revert.force)
             log.info("volume %s: reverted to %s", name, revert.snapshot)
         except BlockdError as error:
@@ -246,6 +249,7 @@ class VolumeReconciler:
         """Stop everything of a deleted volume, then remove everything of it."""
         context, name = self._context, volume.metadata.name
         self.devices.take_down(volume, volume.status.epoch, force=True)
+        self.snapshot_devices.take_all_down(volume)
         spec = context.volume_daemon(volume, [])
         context.supervisor.stop(spec)
         context.supervisor.forget(spec)

@@ -62,7 +62,10 @@ class ReplicaView(msgspec.Struct):
 
 
 class SnapshotView(msgspec.Struct):
-    """One snapshot; `id` is its layer, `parent` that of the snapshot it was taken on (0: none)."""
+    """One snapshot; `id` is its layer, `parent` that of the snapshot it was taken on (0: none).
+
+    `frontend`, `device` and `nbd_uri` tell how it is attached, if it is.
+    """
 
     name: str
     volume: str
@@ -72,6 +75,9 @@ class SnapshotView(msgspec.Struct):
     labels: dict[str, str]
     ready: bool
     size_bytes: int
+    frontend: str | None
+    device: str | None
+    nbd_uri: str | None
 
 
 class SnapshotUsageView(msgspec.Struct):
@@ -204,6 +210,9 @@ def snapshot_view(item: Snapshot, record: Record | None) -> SnapshotView:
         labels=item.metadata.labels,
         ready=item.status.ready,
         size_bytes=item.status.size_bytes,
+        frontend=item.status.frontend,
+        device=item.status.device,
+        nbd_uri=item.status.nbd_uri,
     )
 
 

@@ -208,7 +208,7 @@ def test_a_snapshot_is_named_by_volume_and_name(node: FakeNode, run: Run) -> Non
     assert "data@monday" in printed
     assert node.asked[-1].body == {"name": "monday", "labels": {"by": "ana=x"}}
     assert "data@monday" in run("snapshot", "show", "data@monday")[1]
-    assert run("snapshot", "revert", "data@monday", "--force")[0] == 0
+    assert run("snapshot", "revert", "data@monday", "--force-unmount")[0] == 0
     assert node.asked[-1].body == {"force": True}
     assert run("snapshot", "rm", "data@monday")[1] == "snapshot data@monday is removed\n"
 

@@ -192,7 +192,7 @@ def test_what_was_destroyed_after_a_snapshot_comes_back(demo: Demo) -> None:
         database.execute("DELETE FROM facts")
     database.close()
     (demo.mount / "later").write_text("not in the snapshot")
-    demo.blockd("snapshot", "revert", "demo@before", "--force")
+    demo.blockd("snapshot", "revert", "demo@before", "--force-unmount")
     demo.check()
     assert not (demo.mount / "later").exists()
 
