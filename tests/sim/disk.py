@@ -36,7 +36,7 @@ ZERO = bytes(PAGE)
 LAYER_STRIDE_PAGES = REGION_STRIDE_BYTES // PAGE
 
 real_open, real_close, real_pwrite, real_pwritev = os.open, os.close, os.pwrite, os.pwritev
-real_pread, real_rename, real_unlink = os.pread, os.rename, os.unlink
+real_pread, real_rename, real_unlink, real_link = os.pread, os.rename, os.unlink, os.link
 real_ftruncate, real_fallocate = os.ftruncate, syscalls.fallocate
 
 Pages = dict[int, bytes]
@@ -218,6 +218,7 @@ class Disks:
             "fdatasync": self._fdatasync,
             "rename": self._rename,
             "unlink": self._unlink,
+            "link": self._link,
             "ftruncate": self._ftruncate,
             "urandom": self.kernel.entropy.randbytes,
         }
@@ -229,7 +230,7 @@ class Disks:
     def __exit__(self, *details: object) -> None:
         self._stack.close()
         for disk in self.disks:
-            for file in disk.files.values():
+            for file in set(disk.files.values()):
                 file.close()
             disk.files.clear()
 
@@ -267,11 +268,24 @@ class Disks:
             file.path = target
             disk.files[target] = file
 
+    def _link(self, source: str, target: str) -> None:
+        """One file with two names."""
+        real_link(source, target)
+        disk = self._disk(source)
+        if disk is not None:
+            if source not in disk.files:
+                disk.files[source] = File(disk, source)
+            disk.files[target] = disk.files[source]
+
     def _unlink(self, path: str) -> None:
         real_unlink(path)
         disk = self._disk(path)
         if disk is not None and path in disk.files:
             file = disk.files.pop(path)
+            left = [name for name, other in disk.files.items() if other is file]
+            if left:
+                file.path = left[0]
+                return
             disk.give(os.fstat(file.fd).st_blocks // 8)
             file.close()
             for fd, other in list(self._fds.items()):

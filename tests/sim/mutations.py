@@ -204,6 +204,14 @@ MUTATIONS = (
         "    return record",
     ),
     Mutation(
+        "layers that a clone has, too, are emptied by folding",
+        9,
+        "snapshots.fold",
+        "if self._keep or not mask:",
+        "if not mask:",
+        more=(("if self._keep and not store.metadata.unshare:", "if False:"),),
+    ),
+    Mutation(
         "promote before copying and verifying",
         10,
         "replication.rebuild",

@@ -227,7 +227,7 @@ class Run:
         if record.size_bytes < self.structure.size_bytes:
             raise Violation(f"{record.size_bytes} bytes, but {self.structure.size_bytes} were said")
         named = {layer.id: layer.name for layer in record.layers if layer.name}
-        first: dict[tuple[int, int], bytes] = {}
+        first: dict[tuple[str, int], bytes] = {}
         damaged = self.faults.victim
         for member in self.cluster.members:
             try:
@@ -244,18 +244,47 @@ class Run:
             if layers != set(named):
                 raise Violation(f"{member.uuid} has snapshots {layers}, the record {set(named)}")
             for layer_id, name in ((0, ""), *named.items()):
-                for block in self.client.used:
-                    data = _read(replica, block, layer_id)
-                    if data is None:
-                        if member is damaged:
-                            continue
-                        raise Violation(f"{member.uuid}: block {block} is damaged")
-                    if first.setdefault((layer_id, block), data) != data:
-                        raise Violation(
-                            f"{member.uuid}: block {block} of layer {layer_id} is not as elsewhere"
-                        )
-                    self._note(block, name, data)
+                self._compare(replica, layer_id, name, member is damaged, first)
             replica.abandon()
+        self._check_clones(first)
+
+    def _compare(
+        self,
+        replica: Replica,
+        layer_id: int,
+        name: str,
+        damaged: bool,
+        first: dict[tuple[str, int], bytes],
+    ) -> None:
+        """A view of snapshot `name`, the same wherever it is."""
+        for block in self.client.used:
+            data = _read(replica, block, layer_id) if block < replica.block_count else None
+            if data is None:
+                if damaged or block >= replica.block_count:
+                    continue
+                raise Violation(f"{replica.path}: block {block} is damaged")
+            if first.setdefault((name, block), data) != data:
+                raise Violation(
+                    f"{replica.path}: block {block} of snapshot {name!r} is not as elsewhere"
+                )
+            self._note(block, name, data)
+
+    def _check_clones(self, first: dict[tuple[str, int], bytes]) -> None:
+        """Every clone shows its snapshot, before and after what is its own was folded."""
+        for name, paths in self.structure.clones:
+            for member in self.cluster.members:
+                if member.uuid not in paths:
+                    continue
+                try:
+                    replica = Replica.open(paths[member.uuid])
+                    damaged = member is self.faults.victim
+                    self._compare(replica, 0, name, damaged, first)
+                    while replica.maintain():
+                        pass
+                    self._compare(replica, 0, name, damaged, first)
+                except BlockdError as error:
+                    raise Violation(f"{paths[member.uuid]} cannot be used: {error}") from None
+                replica.abandon()
 
     def _note(self, block: int, snapshot: str, data: bytes) -> None:
         now = self.kernel.now

@@ -1,4 +1,4 @@
-"""Snapshots are made, deleted, read and gone back to, the volume grows, now and then, one by one.
+"""Snapshots are made, deleted, read, cloned and gone back to, the volume grows, one by one.
 
 A revert replaces what the client sees, so the client is quiet meanwhile: nothing is under way when
 it is asked for. If its answer does not come, it may have happened, at the latest when the volume is
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from blockd.daemons.volume import VolumeDaemon
 from protocol.errors import BlockdError, PeerError, StorageError
 from protocol.units import BLOCK_BYTES
+from replication.cloning import Order, clone
 from tests.sim.client import Client
 from tests.sim.cluster import Cluster, VolumeProcess
 from tests.sim.history import Era, Snapshot
 
 SNAPSHOTS_MAX = 10  # made in one run
+CLONES_MAX = 3
 SIZE_BYTES_MAX = 200 << 20
 QUIET_SECONDS_MAX = 5.0  # for requests under way before a revert
 
@@ -33,6 +35,8 @@ class StructureUser:
         self.quiet = False  # the client must not ask for anything
         self.size_bytes = cluster.size_bytes  # which the volume was said to have
         self._reverting: Snapshot | None = None  # asked for, and not known to be over
+        self.clones: list[tuple[str, dict[str, str]]] = []  # snapshot; member to directory
+        self._asked = 0  # for clones
 
     def act(self, volume: VolumeProcess) -> None:
         """Change something; called in the name of the volume daemon's process."""
@@ -48,13 +52,42 @@ class StructureUser:
                 self._client.snapshot(volume, lambda well: self._done())
         elif dice < 0.6:
             self._grow(volume, daemon)
-        elif dice < 0.75:
+        elif dice < 0.7:
             self._ask("delete", random.choice(names), volume, daemon.structure.remove)
+        elif dice < 0.8:
+            if len(self.clones) < CLONES_MAX:
+                self._clone(random.choice(names), volume, daemon)
         elif len(self._cluster.volumes) == 1 and not self.quiet:
             self.quiet = True
             self._busy_with = volume
             name = random.choice(names)
             self._await_quiet(volume, name, self._kernel.now + QUIET_SECONDS_MAX)
+
+    def _clone(self, name: str, volume: VolumeProcess, daemon: VolumeDaemon) -> None:
+        """Have members make replicas of another volume; who is in sync may be lost meanwhile."""
+        self._asked += 1
+        paths: dict[str, str] = {}
+        for link in daemon.engine.readers:
+            disk = next(m.disk for m in self._cluster.members if m.uuid == link.replica_uuid)
+            paths[link.replica_uuid] = f"{disk.directory}/clone-{self._asked}"
+
+        def ask(text: str, done: Callable[[BlockdError | None], None]) -> None:
+            def ended(error: BlockdError | None) -> None:
+                if error is None:
+                    self.clones.append((name, paths))
+                done(error)
+
+            order = Order(
+                snapshot=name,
+                volume_uuid=f"clone {self._asked}",
+                volume_name="clone",
+                size_bytes=daemon.engine.record.size_bytes,
+                targets={uuid: (f"c{self._asked}-{uuid}", path) for uuid, path in paths.items()},
+                unshare=self._kernel.random.random() < 0.4,
+            )
+            clone(daemon.structure, order, ended)
+
+        self._ask("clone", name, volume, ask)
 
     def _grow(self, volume: VolumeProcess, daemon: VolumeDaemon) -> None:
         wanted = (
