@@ -3,6 +3,7 @@
     python -m perf.snapshots depth    IOPS and opening time with 1, 16, 64 and 254 snapshots
     python -m perf.snapshots create   the longest wait of a writer around each of 100 snapshots
     python -m perf.snapshots delete   how long it takes, and the space before and after
+    python -m perf.snapshots clone    how long it takes until it is there, and until it serves
 
 Real daemons below --directory, one replica, on unix sockets; everything is removed again. fio is
 the client.
@@ -125,14 +126,46 @@ def delete(volume: Volume, options: argparse.Namespace) -> None:
         )
 
 
-def _space(volume: Volume) -> int:
+def clone(volume: Volume, options: argparse.Namespace) -> None:
+    """See the module text."""
+    write(volume, 0, parse_size(options.written))
+    volume.ask("snapshot-create", name="s")
+    status = volume.ask("status")
+    made = Volume(volume.directory / "clone", 1, options.size)
+    made.directory.mkdir()
+    begin = time.monotonic()
+    volume.ask(
+        "clone",
+        snapshot="s",
+        volume_uuid="",
+        volume_name="v",
+        size_bytes=status["size_bytes"],
+        targets={status["members"][0]["replica_uuid"]: ("clone", str(made.directory / "r0"))},
+        unshare=False,
+    )
+    answered = time.monotonic() - begin
+    times = []
+    for _ in range(2):
+        begin = time.monotonic()
+        made.start()
+        made.until_ready()
+        times.append(time.monotonic() - begin)
+        made.end()
+    print(
+        f"clone: answered after {1000 * answered:.1f} ms, its daemons serve {times[0]:.2f} s after "
+        f"their first start, {times[1]:.2f} s after the second; {_space(volume)} MiB before, "
+        f"{_space(volume, '.')} MiB with the clone"
+    )
+
+
+def _space(volume: Volume, part: str = "r0") -> int:
     done = subprocess.run(
-        ["du", "-sm", str(volume.directory / "r0")], check=True, capture_output=True, text=True
+        ["du", "-sm", str(volume.directory / part)], check=True, capture_output=True, text=True
     )
     return int(done.stdout.split()[0])
 
 
-SCENARIOS = {"depth": depth, "create": create, "delete": delete}
+SCENARIOS = {"depth": depth, "create": create, "delete": delete, "clone": clone}
 
 
 def main() -> None:
@@ -140,11 +173,12 @@ def main() -> None:
     parse = argparse.ArgumentParser(prog="python -m perf.snapshots", description=__doc__)
     parse.add_argument("scenario", choices=SCENARIOS)
     parse.add_argument("--directory", default=tempfile.gettempdir())
+    parse.add_argument("--size", default="4G", help="size of the volume (4G)")
     parse.add_argument("--written", default="1G", help="how much data the volume has (1G)")
     parse.add_argument("--changed", default="4M", help="depth: written between snapshots (4M)")
     parse.add_argument("--rounds", type=int, default=3, help="depth: medians of so many (3)")
     options = parse.parse_args()
-    run(SCENARIOS[options.scenario], 1, "4G", options)
+    run(SCENARIOS[options.scenario], 1, options.size, options)
 
 
 if __name__ == "__main__":
