@@ -35,6 +35,7 @@ from tests.snapshots.model import (
     read_blocks,
     write,
 )
+from tests.snapshots.test_full_disk import FullDisk
 
 
 def target(path: Path, *, unshare: bool = False, size_bytes: int = SIZE_BYTES) -> Target:
@@ -355,3 +356,55 @@ def test_254_layers_can_be_cloned(tmp_path: Path) -> None:
     made.replica.flush()
     made.seal()
     made.check()
+
+
+def test_a_clone_that_finds_no_space_anywhere_leaves_the_source_alone_and_is_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = grown(tmp_path / "source", 11)
+    layer_id = source.seal()
+    source.replica.flush()
+    disk = FullDisk(monkeypatch)
+    for requests in range(100):
+        path = tmp_path / str(requests)
+        disk.requests_left = requests
+        try:
+            source.replica.clone(layer_id, source.next_id, target(path)).finish()
+        except StorageError:
+            finished = False
+        else:
+            finished = True
+        assert (path / "replica.json").exists() == finished
+        disk.requests_left = -1
+        source.check(extents=False)
+        source.replica.clone(layer_id, source.next_id, target(path)).finish()
+        made = Model.opened(path, source.snapshots[layer_id], source.next_id + 1)
+        made.check(extents=False)
+        made.replica.close()
+        if finished:
+            assert requests > 4
+            return
+    raise AssertionError("there is never enough space")
+
+
+@pytest.mark.parametrize("budget", [2, 64])
+def test_a_full_clone_refused_space_anywhere_goes_on_later(
+    budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = grown(tmp_path / "source", 11)
+    layer_id = source.seal()
+    disk = FullDisk(monkeypatch)
+    for requests in range(0, 40, 2):
+        disk.requests_left = -1
+        made = clone(source, layer_id, tmp_path / f"{budget} {requests}", unshare=True)
+        disk.requests_left = requests
+        for _ in range(30):
+            with contextlib.suppress(StorageError):
+                made.replica.maintain(budget)
+        disk.requests_left = -1
+        made.check(extents=False)
+        maintain(made.replica)
+        made.replica.flush()
+        made.check(extents=False)
+        assert shared_layers(made.replica) == 0
+        made.replica.close()
