@@ -3,20 +3,23 @@
 A job is some blocks of one region of a logical layer. Where the member may have them already,
 source and member hash them first, and only runs that differ are copied. Blocks of the live head are
 held by the range lock until their copy stands in the member's queue: what is written afterwards
-comes behind it. A source that cannot read is passed over; if none can, the rebuild fails.
+comes behind it. A source that cannot read is passed over; if none can, and the member does not have
+what the damaged block was (rescue.py), the rebuild fails.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from protocol import replica as wire
-from protocol.errors import BlockdError, NotFoundError, PeerError, StateError
+from protocol.errors import BlockdError, NotFoundError, PeerError, StateError, StorageError
 from protocol.units import BLOCK_BYTES
 from replication.plan import Job
+from replication.rescue import Rescue
 
 if TYPE_CHECKING:
     from replication.link import Link
@@ -119,6 +122,7 @@ class _Copy:
         self._link = jobs.rebuild.link
         self._layer_id, self._parent_id, self._first, self._count, self._compare = job
         self._bad: list[Link] = []
+        self._rescued = False  # it was tried
         self._try = 0
         self._locked = False
 
@@ -147,11 +151,34 @@ class _Copy:
         self._try += 1
         source = self._jobs.source(self._bad)
         if source is None:
-            self._member_failed(PeerError("no replica in sync can read what is to be copied"))
+            self._rescue()
         elif self._compare:
             self._hash(source)
         else:
             self._copy(source, [(self._first, self._count)])
+
+    def _rescue(self) -> None:
+        """All sources have damaged blocks here: once, mend one from the member, and begin anew."""
+        engine, plan, this_try = self._engine, self._jobs.rebuild.plan, self._try
+        source = next((link for link in self._bad if link in engine.readers), None)
+        if source is None or self._rescued or plan is None:
+            self._member_failed(PeerError("no replica in sync can read what is to be copied"))
+            return
+        self._rescued = True
+
+        def done(error: BlockdError | None) -> None:
+            if self._jobs.over:
+                self._release()
+            elif this_try != self._try:
+                return
+            elif error is not None:
+                self._member_failed(error)
+            else:
+                self._bad.remove(source)
+                self._run()
+
+        place = (self._layer_id, self._parent_id, self._first, self._count)
+        Rescue(engine, source, self._link, place, self._layer_id == plan.head_id, done)
 
     def _ask(
         self,
@@ -207,7 +234,7 @@ class _Copy:
             self._end()
 
     def _copy(self, source: Link, runs: list[tuple[int, int]]) -> None:
-        unread, unwritten = len(runs), len(runs)
+        unread, unwritten, this_try = len(runs), len(runs), self._try
 
         def read(run: tuple[int, int], payload: memoryview) -> None:
             nonlocal unread
@@ -232,6 +259,10 @@ class _Copy:
             nonlocal unwritten
             if self._jobs.over:
                 self._release()
+            elif this_try != self._try:
+                return
+            elif isinstance(error, StorageError) and error.errno == errno.EIO:
+                self._refused(source)
             elif error is not None:
                 self._member_failed(error)
             else:
@@ -256,6 +287,15 @@ class _Copy:
         self._bad.append(source)
         self._compare = True
         self._run()
+
+    def _refused(self, source: Link) -> None:
+        """The member found that a block does not match its checksum: another source, compared."""
+        self._try += 1
+        source.errors += 1
+        self._bad.append(source)
+        self._compare = True
+        self._release()
+        self.start()
 
     def _member_failed(self, error: BlockdError) -> None:
         self._release()

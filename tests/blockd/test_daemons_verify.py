@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
+
 from protocol.checksum import block_checksum
 from tests.blockd.daemon_harness import Cluster, cluster, poll
 from tests.blockd.nbd_client import NbdClient
@@ -182,3 +184,50 @@ def test_two_verifications_at_once_are_refused_and_one_ends_with_the_daemon(
         made.volume.end()
         assert made.volume.process is not None
         assert made.volume.process.returncode == 0
+
+
+@pytest.mark.parametrize("hit", ["data", "map"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_the_last_members_damaged_block_is_repaired_from_the_one_that_comes_back(
+    sealed: bool, hit: str, tmp_path: Path
+) -> None:
+    with cluster(tmp_path, replicas=2, size="32M") as made:
+        client = NbdClient(made.nbd)
+        content = Random(1).randbytes(8 * BLOCK)
+        client.write(0, content)
+        client.flush()
+        if sealed:
+            made.volume.must("snapshot-create", name="s")
+        made.replicas[1].kill()
+        client.write(20 * BLOCK, content)  # the zone is compared when it comes back
+        path = layer_path(made, 0)
+        flip(path, data_offset(3) + 9 if hit == "data" else entry_offset(3) + 1, 3)
+        made.replicas[1].start()
+        if sealed:  # all of it is compared only if its directory is another one
+            poll("it is back", lambda: made.member(1)["state"] == "IN_SYNC")
+            made.volume.must("verify")
+        made.rebuild(1)
+        poll("repaired", lambda: block_of(path, 3) == content[3 * BLOCK : 4 * BLOCK])
+        read_often(client, 3, content[3 * BLOCK : 4 * BLOCK])
+        client.close()
+
+
+def test_a_block_that_differs_on_the_one_that_comes_back_does_not_repair_anything(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path, replicas=2, size="32M") as made:
+        client = NbdClient(made.nbd)
+        client.write(0, b"1" * BLOCK)
+        client.flush()
+        made.replicas[1].kill()
+        client.write(0, b"2" * BLOCK)
+        flip(layer_path(made, 0), data_offset(0) + 9)
+        made.replicas[1].start()
+        poll("it was tried", lambda: "damaged" in (made.member(1)["failure"] or ""))
+        assert made.member(1)["state"] != "IN_SYNC"
+        with pytest.raises(OSError):  # noqa: PT011
+            client.read(0, BLOCK)
+        client.write(0, b"3" * BLOCK)  # new content heals it
+        made.rebuild(1)
+        read_often(client, 0, b"3" * BLOCK)
+        client.close()

@@ -312,11 +312,25 @@ class Faults:
         member = self._member()
         if self.replaced or not self.cluster.is_spare(member) or not member.host.up:
             return False
+        if self.cluster.network.blocked or not self._another_is_well(member):
+            return False
         self.replaced = True
         self.kernel.log("world", f"{member.uuid} gets an empty disk")
         member.replace_disk()
         self.unnoticed = member
         return True
+
+    def _another_is_well(self, member: Member) -> bool:
+        """Is another one in sync that really serves the owner, on a disk without surprises?"""
+        daemon = self.cluster.volumes[0].daemon
+        assert daemon is not None
+        return any(
+            other.daemon is not None
+            and other.daemon.service.epoch == daemon.engine.record.epoch
+            and not (other.disk.failing_syncs or other.disk.failing_writes)
+            for other in self.cluster.in_sync()
+            if other is not member
+        )
 
     def _stop_volume(self) -> bool:
         volume = self._volume()
