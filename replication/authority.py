@@ -69,9 +69,10 @@ class Record:
 
     `clean`: the last volume daemon closed everything; the members are equal. `served_epoch` is the
     last epoch in which requests were answered, 0 before the first; who was in sync then, has
-    promised it. `pending` names a
-    revert that was decided and may not have reached every member. `stamp` names the change that
-    made this record, so that its author knows it again if the answer of the swap was lost.
+    promised it. `pending` names a revert that was decided and may not have reached every member,
+    `reverted` the newest one by the id its user gave it, "" if that has none. `stamp` names the
+    change that made this record, so that its author knows it again if the answer of the swap was
+    lost.
     `version` is what the authority gave with the record (SQLite: a number, Kubernetes: the
     resourceVersion); it means nothing but that another one is another record.
     """
@@ -90,6 +91,7 @@ class Record:
     next_layer_id: int = 2
     clean: bool = True
     pending: Mapping[str, int] | None = None
+    reverted: str = ""
     stamp: str = ""
     version: Version = 0
 

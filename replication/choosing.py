@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.errors import DegradedError, StateError
+from protocol.errors import DegradedError
 from replication.authority import IN_SYNC, Record
 
 Hello = Mapping[str, Any]
@@ -62,7 +62,7 @@ def is_stranger(record: Record, replica_uuid: str, hello: Hello) -> bool:
 def choose(
     record: Record, hellos: Mapping[str, Hello], was_clean: bool, consumer_alive: bool
 ) -> Choice:
-    """Judge the fenced members; DegradedError if none will do, StateError if they do not fit."""
+    """Judge the fenced members; DegradedError if none will do."""
     name = record.volume_name
     candidates = [
         uuid
@@ -72,11 +72,6 @@ def choose(
     if not candidates:
         raise DegradedError(f"volume {name} has no complete replica in sync that can be reached")
     if was_clean:
-        if record.pending is None and len({hellos[uuid]["head_id"] for uuid in candidates}) > 1:
-            raise StateError(
-                f"the replicas of volume {name} do not have the same layers although it was closed "
-                "cleanly; take those out that do not belong to it"
-            )
         return Choice(candidates[0], tuple(candidates))
     unbroken = [uuid for uuid in candidates if hellos[uuid]["unbroken"]]
     if consumer_alive and not unbroken:

@@ -64,7 +64,7 @@ def _clone(structure: Structure, order: Order, done: Done) -> None:
         content: dict[str, Any] = {
             "do": "clone",
             "layer_id": layer.id,
-            "new_head_id": record.next_layer_id,
+            "new_head_id": layer.id + 1,  # above those below it, and the same at every attempt
             "path": path,
             "replica_uuid": target_uuid,
             "volume_uuid": order.volume_uuid,

@@ -111,9 +111,16 @@ class Structure:
                 "delete it first"
             )
         if len(record.layers) >= SNAPSHOTS_MAX and any(layer.removed for layer in record.layers):
-            self._forget_folded(lambda error: self._seal(name, labels, done))
+            self._forget_folded(lambda error: self._seal_or_refuse(name, labels, done))
         else:
             self._seal(name, labels, done)
+
+    def _seal_or_refuse(self, name: str, labels: dict[str, str], done: Done) -> None:
+        """`_seal` outside of what the turn catches."""
+        try:
+            self._seal(name, labels, done)
+        except BlockdError as error:
+            done(error)
 
     def _seal(self, name: str, labels: dict[str, str], done: Done) -> None:
         engine, record = self.engine, self.engine.record
@@ -244,12 +251,19 @@ class Structure:
 
     # ---- revert ---------------------------------------------------------------------------
 
-    def revert(self, name: str, done: Done) -> None:
-        """Make the live volume equal to snapshot `name`; later snapshots stay."""
-        self.engine.changes.take(lambda end: self._revert(name, end), done)
+    def revert(self, name: str, done: Done, revert_id: str = "") -> None:
+        """Make the live volume equal to snapshot `name`; later snapshots stay.
 
-    def _revert(self, name: str, done: Done) -> None:
-        engine = self.engine
+        Asked for again by the same `revert_id` it is not done again: what was written since stays.
+        """
+        self.engine.changes.take(lambda end: self._revert(name, revert_id, end), done)
+
+    def _revert(self, name: str, revert_id: str, done: Done) -> None:
+        engine, before = self.engine, self.engine.record.reverted
+        if revert_id and revert_id == before:
+            is_over = engine.record.pending is None
+            done(None if is_over else StateError(f"the revert to {name} is not finished yet"))
+            return
         layer = self.find(name)
         self._refuse_during_rebuild("revert")
         self._refuse_when_full("revert")
@@ -267,7 +281,8 @@ class Structure:
                 done(error)
             elif error is not None:
                 engine.ledger.change(
-                    lambda record: replace(record, pending=None), lambda e: done(error)
+                    lambda record: replace(record, pending=None, reverted=before),
+                    lambda e: done(error),
                 )
             else:
                 engine.flush_then(flushed)
@@ -278,9 +293,10 @@ class Structure:
             else:
                 control_all(engine, {"do": "revert", **intent}, reverted)
 
-        engine.ledger.change(
-            lambda record: replace(record, pending=intent, next_layer_id=new_head + 1), recorded
-        )
+        def change(record: Record) -> Record:
+            return replace(record, pending=intent, reverted=revert_id, next_layer_id=new_head + 1)
+
+        engine.ledger.change(change, recorded)
 
     # ---- grow -----------------------------------------------------------------------------
 

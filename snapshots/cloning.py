@@ -54,9 +54,9 @@ class Clone:
     def link(self, store: Logical, layer_id: int, new_head_id: int) -> None:
         """Give the directory the layers of a snapshot. All of them are durable in `store`.
 
-        `new_head_id` is above all layer ids of the volume. A directory that holds the wanted
-        replica is left as it is: the content of a snapshot does not change. Links can be made
-        within one file system only.
+        `new_head_id` is above the ids of all layers that the snapshot shows. A directory that holds
+        the wanted replica is left as it is: the content of a snapshot does not change. Links can
+        be made within one file system only.
         """
         target = self._target
         if not store.complete:

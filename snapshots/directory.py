@@ -137,6 +137,7 @@ def extend_files(path: str, metadata: Metadata) -> None:
 def _extend_file(path: str, length: int, *, filled: bool = False) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # a clone may have this file, too, and grow at this moment
         there = os.fstat(fd).st_size
         if there < length:
             if filled:

@@ -161,6 +161,8 @@ class LayerFile:
             self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
         except OSError as error:
             raise storage_error("opening layer", path, error) from error
+        except ValueError as error:
+            raise StorageError(f"layer file {path} is too short; rebuild this replica") from error
         self.map = memoryview(self.memory).cast("I")
         self.region_count = -(-size_bytes // REGION_BYTES)
         self.ready = bytearray(self.region_count)

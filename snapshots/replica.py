@@ -28,7 +28,7 @@ from snapshots.layer import create_layer, layer_path
 from snapshots.mending import Mending
 from snapshots.metadata import LayerInfo, Metadata, MetadataFile
 from snapshots.recovery import recover
-from snapshots.reserve import Reserve
+from snapshots.reserve import FULL_DISK, Reserve
 from snapshots.syscalls import storage_error, sync_directory
 from snapshots.zeroed import zeroed_path
 
@@ -110,8 +110,9 @@ class Replica(Mending):
             recover(replica)
             if distrust.is_marked(replica.path):
                 distrust.rewrite(replica)
-        except (OSError, StorageError):
-            distrust.mark(replica.path)  # some of it may look durable and not be
+        except (OSError, StorageError) as error:
+            if error.errno not in FULL_DISK:  # that is before anything was synced
+                distrust.mark(replica.path)  # some of it may look durable and not be
             raise
 
     @staticmethod

@@ -82,6 +82,7 @@ def open_volume(authority: Authority, wanted: Wanted, log: Log) -> Opened:
     sessions = _introduce(wanted, volume_uuid, found, log)
     record = found or _create(authority, wanted, volume_uuid, sessions)
     _check_members(authority, record, sessions)
+    _check_alike(record, sessions)
     was_clean = record.clean
     record = _with_addresses(record, sessions)
     record = _without_strangers(record, sessions, log)
@@ -243,6 +244,24 @@ def _check_members(authority: Authority, record: Record, sessions: dict[str, Any
         raise DegradedError(
             f"volume {record.volume_name} has no reachable replica in sync ({states}); start the "
             "replica daemon of one that is IN_SYNC"
+        )
+
+
+def _check_alike(record: Record, sessions: dict[str, AnySession]) -> None:
+    """Refuse directories that do not belong together; before anything else has changed."""
+    if not record.clean or record.pending is not None:
+        return
+    heads = {
+        session.hello["head_id"]
+        for name, session in sessions.items()
+        if record.members[name].state == IN_SYNC
+        and session.hello["complete"]
+        and not is_stranger(record, name, session.hello)
+    }
+    if len(heads) > 1:
+        raise StateError(
+            f"the replicas of volume {record.volume_name} do not have the same layers although it "
+            "was closed cleanly; take those out that do not belong to it"
         )
 
 

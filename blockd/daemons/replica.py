@@ -78,6 +78,8 @@ class ReplicaDaemon:
     def _status(self, request: dict[str, Any], answer: Answer) -> None:
         service, replica = self.service, self.service.replica
         metadata = replica.metadata
+        if metadata.unshare:
+            service.worked()  # it may have stopped for want of space, and nobody may use it
         answer(
             {
                 **process.common_status(self._started),

@@ -119,7 +119,7 @@ class VolumeDaemon:
         return self.structure.find(snapshot).id if at else 0
 
     def readers_of(self, layer_id: int) -> int:
-        """How many clients use the export of a snapshot."""
+        """How many clients use the export of a snapshot, or with 0 of the live volume."""
         return sum(1 for connection in self.connections if connection.layer_id == layer_id)
 
     # ---- sending --------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class VolumeCommands:
                 "epoch": record.epoch,
                 "health": self.health(),
                 "nbd": [server.address for server in daemon.servers],
-                "connections": len(daemon.connections),
+                "connections": daemon.readers_of(0),
                 "members": [
                     _member(replica_uuid, member, engine.links.get(replica_uuid))
                     for replica_uuid, member in record.members.items()
@@ -82,6 +82,7 @@ class VolumeCommands:
                         "created": layer.created,
                         "labels": dict(layer.labels),
                         "parent": layer.parent,
+                        "connections": daemon.readers_of(layer.id),
                     }
                     for layer in record.layers
                     if layer.name
@@ -152,13 +153,14 @@ class VolumeCommands:
 
     def _snapshot_revert(self, request: dict[str, Any], answer: Answer) -> None:
         name = str(request["name"])
-        live = sum(1 for connection in self._daemon.connections if not connection.layer_id)
+        live = self._daemon.readers_of(0)
         if live and not request.get("force"):
             raise ConflictError(
                 f"{live} NBD clients use volume {self._engine.record.volume_name}; disconnect "
                 "them first (unmount, detach), or force the revert"
             )
-        self._daemon.structure.revert(name, _answer_with(answer))
+        revert_id = str(request.get("id") or "")
+        self._daemon.structure.revert(name, _answer_with(answer), revert_id)
 
     def _diff(self, request: dict[str, Any], answer: Answer) -> None:
         """Extents in which `snapshot` (empty: the live volume) may differ from snapshot `base`."""

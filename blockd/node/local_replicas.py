@@ -93,12 +93,23 @@ def member_of(replica: Replica, daemon: Answer | None) -> Answer | None:
     return next((member for member in members if member["replica_uuid"] == uid), None)
 
 
-def note_usable(status: ReplicaStatus, address: str, path: str, member: Answer | None) -> None:
+def unsharing_left(replica: Replica) -> int:
+    """What a full clone has still to copy; what was known last if its directory cannot be read."""
+    path = replica.spec.path
+    try:
+        return unsharing_bytes(path, MetadataFile(path).read())
+    except (BlockdError, OSError):  # the volume daemon says what is wrong
+        return replica.status.unsharing_bytes
+
+
+def note_usable(
+    status: ReplicaStatus, address: str, path: str, member: Answer | None, unsharing: int
+) -> None:
     """The replica is open in the volume daemon (`member`), or can be opened."""
     status.address, status.pid = address, None  # the volume daemon's pid is the volume's
     status.provisioned, status.failed_since = True, None
     status.allocated_bytes = allocated_bytes(path)
-    status.unsharing_bytes = unsharing_bytes(path, MetadataFile(path).read())
+    status.unsharing_bytes = unsharing
     status.state, status.message = "running", None
     if member is not None and not member.get("connected"):
         reason = member.get("failure") or "its disk failed"

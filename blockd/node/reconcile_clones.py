@@ -84,7 +84,8 @@ class CloneReconciler:
         for item in self.pending(source.metadata.name):
             name = item.metadata.name
             try:
-                self._clone(item, record, daemon)
+                if self._still_waits(item):  # each of those before it may have taken its time
+                    self._clone(item, record, daemon)
             except BlockdError as error:
                 log.warning("volume %s: %s", name, error)
                 self._note(item, Problem(error.code, str(error), error.retry))
@@ -107,21 +108,24 @@ class CloneReconciler:
             raise _missing(source.volume, source.snapshot)
         self._context.home.make_volume_directories(name, uid)
         replicas = self._replicas(volume, record)
-        control.ask(
-            daemon.control,
-            "clone",
-            timeout_seconds=CLONE_SECONDS_MAX,
-            snapshot=source.snapshot,
-            volume_uuid=uid,
-            volume_name=name,
-            size_bytes=source.size_bytes,
-            targets={i.spec.source: (i.metadata.name, i.spec.path) for i in replicas},
-            unshare=source.full,
-        )
-        current = find(store, Volume, name)
-        if current is None or current.metadata.uid != uid or current.metadata.deleted is not None:
-            for replica in replicas:  # its own pass may have been done before these were there
-                remove_tree(self._context.home.replicas_directory(name) / replica.metadata.name)
+        try:
+            control.ask(
+                daemon.control,
+                "clone",
+                timeout_seconds=CLONE_SECONDS_MAX,
+                snapshot=source.snapshot,
+                volume_uuid=uid,
+                volume_name=name,
+                size_bytes=source.size_bytes,
+                targets={i.spec.source: (i.metadata.name, i.spec.path) for i in replicas},
+                unshare=source.full,
+            )
+        finally:
+            wanted = self._still_waits(volume)
+            if not wanted:  # removed meanwhile: its own pass may have been done before the links
+                for replica in replicas:
+                    self._discard(name, replica)
+        if not wanted:
             return
         for replica in replicas:
             modify_status(store, Replica, replica.metadata.name, _provisioned)
@@ -141,12 +145,25 @@ class CloneReconciler:
         if not usable:
             raise StateError(f"no replica of volume {record.volume_name} is in sync")
         there = {item.spec.source: item for item in self._context.replicas_of(name)}
+        if None in there:
+            raise StateError(f"volume {name} has a replica that is no clone; remove the volume")
         for uid, item in there.items():
             if uid not in usable:
-                remove_tree(self._context.home.replicas_directory(name) / item.metadata.name)
-                self._context.drop_replica(item)
+                self._discard(name, item)
         made = [there.get(uid) or self._context.new_replica(name, source=uid) for uid in usable]
         return [store.get(Replica, item.metadata.name) for item in made]
+
+    def _still_waits(self, volume: Volume) -> bool:
+        """Is it still there, the same one, and not done?"""
+        current = find(self._context.store, Volume, volume.metadata.name)
+        same = current is not None and current.metadata.uid == volume.metadata.uid
+        return current is not None and same and waits_for_clone(current)
+
+    def _discard(self, name: str, replica: Replica) -> None:
+        """Remove the directory of a clone's replica, and its object."""
+        remove_tree(self._context.home.replicas_directory(name) / replica.metadata.name)
+        if find(self._context.store, Replica, replica.metadata.name) is not None:
+            self._context.drop_replica(replica)
 
     def _note(self, volume: Volume, problem: Problem | None, *, cloned: bool = False) -> None:
         def change(item: Volume) -> None:
@@ -155,7 +172,7 @@ class CloneReconciler:
             item.status.message = problem.message if problem else None
             item.status.observed_generation = volume.metadata.generation
 
-        if find(self._context.store, Volume, volume.metadata.name) is not None:
+        if self._still_waits(volume):
             modify_status(self._context.store, Volume, volume.metadata.name, change)
 
 

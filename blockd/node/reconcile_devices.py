@@ -86,7 +86,7 @@ class DeviceReconciler:
             return volume
         volume = self._note(volume, state="detaching")
         if not force and not volume.spec.attached and front_end.name == "socket":
-            self._refuse_with_clients(volume)
+            refuse_with_clients(self._context, volume)
         volume = self.unmount(volume)
         if found is not None:
             front_end.detach(self._context.target(volume, epoch))
@@ -133,24 +133,6 @@ class DeviceReconciler:
         front_end = FRONT_ENDS[volume.status.frontend]
         return front_end, front_end.find(self._context.target(volume, epoch))
 
-    def _refuse_with_clients(self, volume: Volume) -> None:
-        """ConflictError while NBD clients are connected."""
-        path = self._context.volume_daemon(volume, []).control
-        deadline = time.monotonic() + CLIENTS_GONE_SECONDS
-        while True:
-            try:
-                count = int(control.status(path).get("connections", 0))
-            except BlockdError:
-                return  # no daemon, no clients
-            if count == 0:
-                return
-            if time.monotonic() > deadline:
-                raise ConflictError(
-                    f"volume {volume.metadata.name} is in use by {count} NBD "
-                    f"connection{'s' if count > 1 else ''}; close them and detach again"
-                )
-            time.sleep(POLL_SECONDS)
-
     def _note(self, volume: Volume, **changes: object) -> Volume:
         def change(item: Volume) -> None:
             for field_name, value in changes.items():
@@ -158,3 +140,29 @@ class DeviceReconciler:
                 setattr(item.status, field_name, value)
 
         return modify_status(self._context.store, Volume, volume.metadata.name, change)
+
+
+def refuse_with_clients(context: Context, volume: Volume, snapshot: str = "") -> None:
+    """ConflictError while NBD clients are connected to a volume, or to one of its snapshots."""
+    path = context.volume_daemon(volume, []).control
+    what = (
+        f"snapshot {volume.metadata.name}@{snapshot}"
+        if snapshot
+        else (f"volume {volume.metadata.name}")
+    )
+    deadline = time.monotonic() + CLIENTS_GONE_SECONDS
+    while True:
+        try:
+            status = control.status(path)
+        except BlockdError:
+            return  # no daemon, no clients
+        places = [item for item in status["snapshots"] if item["name"] == snapshot]
+        count = sum(int(place["connections"]) for place in (places if snapshot else [status]))
+        if count == 0:
+            return
+        if time.monotonic() > deadline:
+            raise ConflictError(
+                f"{what} is in use by {count} NBD connection{'s' if count > 1 else ''}; close "
+                "them and detach again"
+            )
+        time.sleep(POLL_SECONDS)

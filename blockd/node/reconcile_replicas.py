@@ -74,6 +74,7 @@ class ReplicaReconciler:
                 local_replicas.check_directory(replica)
             elif daemon.control.exists():  # else it is opening the volume right now
                 member = local_replicas.member_of(replica, control.status(daemon.control))
+            unsharing = local_replicas.unsharing_left(replica)
         except PeerError:
             return replica  # the volume daemon ended or hangs; the pass finds that out next
         except BlockdError as error:
@@ -90,7 +91,7 @@ class ReplicaReconciler:
             context.store,
             Replica,
             name,
-            lambda r: local_replicas.note_usable(r.status, address, r.spec.path, member),
+            lambda r: local_replicas.note_usable(r.status, address, r.spec.path, member, unsharing),
         )
 
     def destroy(self, volume: Volume, replica: Replica) -> None:

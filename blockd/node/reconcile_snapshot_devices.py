@@ -12,6 +12,7 @@ from collections.abc import Callable
 from blockd.frontends import FRONT_ENDS, choose
 from blockd.node.context import Context, log
 from blockd.node.objects import Problem, Snapshot, SnapshotStatus, Volume
+from blockd.node.reconcile_devices import refuse_with_clients
 from blockd.node.reconcile_replicas import remove_tree
 from blockd.node.store import modify_status
 from protocol.errors import BlockdError
@@ -46,10 +47,10 @@ class SnapshotDeviceReconciler:
                 self._try(self._bring_up, volume, item)
 
     def take_all_down(self, volume: Volume) -> None:
-        """Whatever is wanted; the error of one that is in use."""
+        """Whatever is wanted, with NBD clients or not; the error of a device that is in use."""
         for item in self._items(volume.metadata.name):
             if item.status.frontend is not None:
-                self._take_down(volume, item)
+                self._take_down(volume, item, force=True)
 
     def _bring_up(self, volume: Volume, item: Snapshot) -> None:
         front_end = choose(item.status.frontend or item.spec.frontend)
@@ -66,9 +67,11 @@ class SnapshotDeviceReconciler:
         if not (_is_settled(item) and item.status.device == device and item.status.nbd_uri):
             self._note(item, device=device, nbd_uri=target.nbd_uri)
 
-    def _take_down(self, volume: Volume, item: Snapshot) -> None:
+    def _take_down(self, volume: Volume, item: Snapshot, *, force: bool = False) -> None:
         assert item.status.frontend is not None
         target = self._context.target(volume, volume.status.epoch, item.spec.name)
+        if item.status.frontend == "socket" and not force:
+            refuse_with_clients(self._context, volume, item.spec.name)
         FRONT_ENDS[item.status.frontend].detach(target)
         remove_tree(target.directory)
         log.info("%s: detached", target.what)

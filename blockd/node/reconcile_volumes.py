@@ -175,7 +175,8 @@ class VolumeReconciler:
                 if volume.status.mount is not None and not revert.force:
                     raise mounted_error(volume)
                 volume = self.devices.take_down(volume, volume.status.epoch, force=revert.force)
-            control.ask(spec.control, "snapshot-revert", name=revert.snapshot, force=revert.force)
+            name_of, force = revert.snapshot, revert.force
+            control.ask(spec.control, "snapshot-revert", name=name_of, force=force, id=revert.id)
             log.info("volume %s: reverted to %s", name, revert.snapshot)
         except BlockdError as error:
             log.warning("volume %s: revert to %s: %s", name, revert.snapshot, error)

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blockd.node import control
+from blockd.node.context import SNAPSHOT_FINALIZER
+from blockd.node.objects import Metadata, Snapshot, SnapshotSpec
 from blockd.node.reconcile_clones import clone_spec
-from protocol.errors import ConflictError, DeadlineError, NotFoundError, RequestError, StorageError
+from protocol.errors import (
+    ConflictError,
+    DeadlineError,
+    NotFoundError,
+    RequestError,
+    StateError,
+    StorageError,
+)
+from snapshots.metadata import MetadataFile
 from tests.blockd.cli_fake_node import Run, serving_unix, volume_view
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, read, until, write
 
@@ -184,3 +195,103 @@ def test_a_clone_waits_for_its_source_and_is_made_after_a_restart(
     until(lambda: node.view("new").state == "detached", "made")
     assert len(node.view("new").replicas) == 2
     assert len(list(node.service.context.home.replicas_directory("new").iterdir())) == 2
+
+
+def test_a_volume_made_anew_under_the_name_of_a_waiting_clone_is_left_alone(
+    node: NodeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("data", replicas=2)
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    spec = clone_spec(node.service.context, "data", "one")
+    real, asked = control.ask, threading.Event()
+    go_on, other = threading.Event(), []
+
+    def slow(path: Path, command: str, **arguments: Any) -> control.Answer:
+        if command == "clone" and not asked.is_set():
+            other.append({"c1": "c2", "c2": "c1"}[arguments["volume_name"]])
+            asked.set()
+            assert go_on.wait(WAIT_SECONDS)
+        return real(path, command, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "ask", slow)
+        for name in ("c1", "c2"):
+            node.operations.create(name, spec, {}, 0)
+        assert asked.wait(WAIT_SECONDS)
+        (name,) = other  # the list that the pass works on may have it, too
+        node.operations.remove(name, False, WAIT_SECONDS)
+        made = node.create(name, replicas=2)
+        go_on.set()
+        first = "c1" if name == "c2" else "c2"
+        until(lambda: node.view(first).state == "detached", "the other one is made")
+    node.operations.snapshot_create("data", "two", {}, WAIT_SECONDS)  # another pass
+    assert [item.id for item in node.view(name).replicas] == [item.id for item in made.replicas]
+    assert all((Path(item.path) / "replica.json").exists() for item in made.replicas)
+    assert node.view(name).source is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_clone_removed_while_it_is_made_leaves_no_links(
+    fails: bool, node: NodeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("data", replicas=2)
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    spec = clone_spec(node.service.context, "data", "one")
+    real, done = control.ask, threading.Event()
+
+    def removed_meanwhile(path: Path, command: str, **arguments: Any) -> control.Answer:
+        if command != "clone":
+            return real(path, command, **arguments)
+        node.operations.remove("new", False, WAIT_SECONDS)
+        answer = real(path, command, **arguments)
+        done.set()
+        if fails:
+            raise StorageError("a member was lost")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "ask", removed_meanwhile)
+        node.operations.create("new", spec, {}, 0)
+        assert done.wait(WAIT_SECONDS)
+        until(lambda: shared_files(node, "data") == 0, "nothing is shared")
+    until(lambda: not node.service.context.replicas_of("new"), "no object is left")
+    clone(node, "data@one", "new")
+
+
+def test_a_clone_that_is_repeated_after_a_newer_snapshot_can_be_opened(
+    node: NodeHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("data", replicas=2)
+    write(node.attach("data"), CONTENT, tmp_path / "in")
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    real, tries = control.ask, []
+
+    def one_is_late(path: Path, command: str, **arguments: Any) -> control.Answer:
+        if command != "clone" or tries:
+            return real(path, command, **arguments)
+        (name, target), (late, _) = sorted(arguments["targets"].items())
+        tries.append(late)
+        real(path, command, **{**arguments, "targets": {name: target}})
+        node.service.context.store.create(
+            Snapshot(
+                metadata=Metadata(name="data@two", finalizers=[SNAPSHOT_FINALIZER]),
+                spec=SnapshotSpec("data", "two"),
+            )
+        )
+        raise StateError(f"replica {late} was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "ask", one_is_late)
+        clone(node, "data@one", "new")
+    assert tries
+    until(lambda: len(node.view("data").snapshots) == 2, "a newer snapshot")
+    paths = [item.path for item in node.view("new").replicas]
+    assert len({MetadataFile(path).read().head_id for path in paths}) == 1
+    assert read(node.attach("new"), tmp_path / "out")[: len(CONTENT)] == CONTENT
+
+
+def test_a_volume_whose_only_directory_was_lost_can_be_detached(node: NodeHarness) -> None:
+    view = node.create("data")
+    node.attach("data")
+    (Path(view.replicas[0].path) / "replica.json").unlink()
+    assert node.operations.detach("data", WAIT_SECONDS).frontend is None

@@ -89,6 +89,20 @@ def test_snapshots_have_nbd_addresses_beside_the_volume(node: NodeHarness, tmp_p
     node.operations.remove("data", True, WAIT_SECONDS)
 
 
+def test_clients_of_a_snapshot_hold_it_and_not_the_volume(
+    node: NodeHarness, tmp_path: Path
+) -> None:
+    two_snapshots(node, tmp_path)
+    old = attach(node, "old", "socket")
+    client = NbdClient(Path(str(old.nbd_uri).split("socket=")[1]), "data@old")
+    node.operations.detach("data", WAIT_SECONDS)
+    with pytest.raises(ConflictError, match="snapshot data@old is in use by 1 NBD connection"):
+        node.operations.snapshot_detach("data", "old", WAIT_SECONDS)
+    assert client.read(0, MIB) == OLD
+    client.close()
+    node.operations.snapshot_detach("data", "old", WAIT_SECONDS)
+
+
 @needs_fuse
 def test_snapshots_are_read_only_devices(node: NodeHarness, tmp_path: Path) -> None:
     two_snapshots(node, tmp_path)

@@ -614,3 +614,59 @@ def test_a_tree_with_the_largest_labels_fits_one_control_message(character: str)
         "labels": labels,
     }
     wire.json_frame(wire.CONTROL, 1, {"do": "begin_sync", "layers": [layer] * SNAPSHOTS_MAX})
+
+
+def test_a_revert_asked_for_twice_by_one_id_is_done_once() -> None:
+    world = World(2)
+    world.write(0, BLOCK)
+    world.snapshot("old")
+    world.settle()
+    outcome: list[BlockdError | None] = []
+    world.structure.revert("old", outcome.append, "one")
+    world.settle()
+    world.write(0, b"\x43" * BLOCK_BYTES)
+    world.settle()
+    world.structure.revert("old", outcome.append, "one")  # its answer was lost
+    world.settle()
+    assert outcome == [None, None]
+    for replica in world.replicas.values():
+        assert replica.content()[:BLOCK_BYTES] == b"\x43" * BLOCK_BYTES
+    world.structure.revert("old", outcome.append, "two")
+    world.settle()
+    for replica in world.replicas.values():
+        assert replica.content()[:BLOCK_BYTES] == BLOCK
+
+
+def test_a_revert_everybody_refused_is_done_when_it_is_asked_for_again() -> None:
+    world = World(2)
+    world.snapshot("one")
+    world.settle()
+    for replica in world.replicas.values():
+        replica.refuse_control["revert"] = StorageError("disk full", errno=errno.ENOSPC)
+    outcome: list[BlockdError | None] = []
+    world.structure.revert("one", outcome.append, "id")
+    world.settle()
+    assert isinstance(outcome[0], StorageError)
+    for replica in world.replicas.values():
+        replica.refuse_control.clear()
+    world.structure.revert("one", outcome.append, "id")
+    world.settle()
+    assert outcome[1] is None
+    assert record_of(world).head_parent == 1
+
+
+def test_a_snapshot_at_the_limit_on_a_full_disk_is_refused() -> None:
+    world = World(2)
+    world.snapshot("one")
+    world.settle()
+    engine = world.engine
+    layers = tuple(
+        LayerRecord(1000 + number, 0, name="", removed=True) for number in range(SNAPSHOTS_MAX)
+    )
+    engine.ledger.change(lambda record: replace(record, layers=layers), lambda error: None)
+    world.settle()
+    engine.room.full[world.link("r0")] = 1
+    outcome = world.snapshot("two")
+    world.settle()
+    assert isinstance(outcome[0], StateError)
+    assert not world.structure.busy

@@ -4,6 +4,7 @@ either, that a clone is whole or not there after a crash at any point, and that 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from array import array
@@ -17,7 +18,7 @@ from protocol.errors import ConflictError, NotFoundError, RequestError, StateErr
 from protocol.units import BLOCK_BYTES
 from snapshots.cloning import Target
 from snapshots.fsck import check
-from snapshots.layer import is_shared, layer_path
+from snapshots.layer import LayerFile, is_shared, layer_path
 from snapshots.offline import OfflineReplica
 from snapshots.replica import Replica
 from tests.snapshots.disk import VolatileDisk
@@ -408,3 +409,51 @@ def test_a_full_clone_refused_space_anywhere_goes_on_later(
         made.check(extents=False)
         assert shared_layers(made.replica) == 0
         made.replica.close()
+
+
+def test_a_file_that_two_replicas_make_longer_is_locked_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(tmp_path / "replica")
+    model.replica.flush()
+    real, looked = os.ftruncate, []
+
+    def ftruncate(fd: int, length: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path.endswith(".layer") and os.fstat(fd).st_size:
+            with open(path, "rb") as other, contextlib.suppress(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                raise AssertionError("nobody holds the lock")
+            looked.append(path)
+        real(fd, length)
+
+    monkeypatch.setattr(os, "ftruncate", ftruncate)
+    model.replica.grow(2 * SIZE_BYTES)
+    assert looked
+
+
+def test_a_layer_that_was_cut_short_under_a_replica_is_an_error(tmp_path: Path) -> None:
+    model = Model(tmp_path / "replica")
+    path = layer_path(os.fspath(model.path), 1)
+    os.truncate(path, 4096)
+    with pytest.raises(StorageError, match="too short"):
+        LayerFile(path, 1, SIZE_BYTES)
+    kill(model.replica)
+
+
+def test_a_first_start_without_space_does_not_write_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = grown(tmp_path / "a", 5)
+    layer_id = source.seal()
+    source.replica.flush()
+    source.replica.clone(layer_id, source.next_id, target(tmp_path / "b")).finish()
+    disk = FullDisk(monkeypatch)
+    disk.requests_left = 1
+    with pytest.raises(StorageError) as caught:
+        Replica.open(tmp_path / "b")
+    assert caught.value.errno == 28
+    disk.requests_left = -1
+    monkeypatch.setattr("snapshots.distrust.rewrite", None)
+    made = Model.opened(tmp_path / "b", source.snapshots[layer_id], source.next_id + 1)
+    made.check(extents=False)
