@@ -28,6 +28,7 @@ Nothing is remembered across restarts: a layer being folded is a removed layer w
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protocol.checksum import block_checksum
@@ -55,6 +56,11 @@ class Batch:
     moved: int  # C had no entry at stage 1
     data: int  # those of them whose entry is a checksum
     shadowed: int  # C had one
+
+    def drop(self, mask: int) -> None:
+        """Some blocks do not move."""
+        self.data &= ~mask
+        self.moved &= ~mask
 
 
 class Folder:
@@ -241,16 +247,11 @@ class Folder:
     def _copy_data(self, parent: LayerFile, child: LayerFile, batch: Batch) -> None:
         """Copy what matches its entry; a copy of the rest would be no better."""
         assert self._parent is not None
-        base = batch.region * BLOCKS_PER_REGION
-        for at, length in runs(batch.data):
-            data = memoryview(bytearray(length * BLOCK_BYTES))
-            parent.read(base + at, length, data)
-            damaged = _damaged(data, batch.entries, at)
+        for block, data, damaged in _read(parent, batch, batch.data):
             if damaged:
-                batch.data &= ~damaged
-                batch.moved &= ~damaged
+                batch.drop(damaged)
                 self._stuck.add(self._parent.id)
-            child.write(base + at, data)
+            child.write(block, data)
 
     def _prepare_head(self, child: LayerFile, block: int) -> None:
         """Allocate what stage 2 stores to, so that it cannot run out of space."""
@@ -304,15 +305,10 @@ class Folder:
 
     def _forget_damaged(self, batch: Batch, child: LayerFile, copies: int) -> None:
         """Drop from a batch the copies that C's file no longer holds; they are made again."""
-        base = batch.region * BLOCKS_PER_REGION
-        for at, length in runs(copies):
-            data = memoryview(bytearray(length * BLOCK_BYTES))
-            child.read(base + at, length, data)
-            damaged = _damaged(data, batch.entries, at)
+        for block, _, damaged in _read(child, batch, copies):
             if damaged:
-                batch.data &= ~damaged
-                batch.moved &= ~damaged
-                self._next_block = min(self._next_block, base + at)
+                batch.drop(damaged)
+                self._next_block = min(self._next_block, block)
 
     def _clear(self, parent: LayerFile, region: int, mask: int) -> int:
         """Take blocks away from P; what that cost.
@@ -334,11 +330,15 @@ class Folder:
         return len(cleared) + PUNCH * len(long)
 
 
-def _damaged(data: memoryview, entries: memoryview, start: int) -> int:
-    """The mask of those blocks from `start` on whose data is not what their entries say."""
-    found = 0
-    for number in range(len(data) // BLOCK_BYTES):
-        block = data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-        if block_checksum(block) != entries[start + number]:
-            found |= span(start + number, 1)
-    return found
+def _read(layer: LayerFile, batch: Batch, mask: int) -> Iterator[tuple[int, memoryview, int]]:
+    """Runs of blocks of a batch in one file: the first, their data, the mask of those whose data is
+    not what their entries say."""
+    base = batch.region * BLOCKS_PER_REGION
+    for at, length in runs(mask):
+        data = memoryview(bytearray(length * BLOCK_BYTES))
+        layer.read(base + at, length, data)
+        damaged = 0
+        for number, entry in enumerate(batch.entries[at : at + length]):
+            if block_checksum(data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != entry:
+                damaged |= span(at + number, 1)
+        yield base + at, data, damaged

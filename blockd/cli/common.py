@@ -152,6 +152,17 @@ def replicas_option(function: Function) -> Function:
     )(function)
 
 
+def frontend_option(function: Function) -> Function:
+    """Add `--frontend`."""
+    return click.option(
+        "--frontend",
+        type=click.Choice(FRONTENDS),
+        default="auto",
+        show_default=True,
+        help="How consumers reach it: fuse gives a block device, socket an NBD address.",
+    )(function)
+
+
 def wait_options(
     until: str, what: str, seconds: float
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:

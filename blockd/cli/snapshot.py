@@ -6,8 +6,8 @@ import click
 
 from blockd.cli import output as out
 from blockd.cli.common import (
-    FRONTENDS,
     Settings,
+    frontend_option,
     hint,
     label_option,
     output_option,
@@ -246,13 +246,7 @@ Examples:
 """
 )
 @snapshot_argument
-@click.option(
-    "--frontend",
-    type=click.Choice(FRONTENDS),
-    default="auto",
-    show_default=True,
-    help="How consumers reach it: fuse gives a block device, socket an NBD address.",
-)
+@frontend_option
 @timeout_option
 @output_option
 @pass_settings

@@ -12,9 +12,9 @@ from blockd.cli import images
 from blockd.cli import output as out
 from blockd.cli.clone import clone
 from blockd.cli.common import (
-    FRONTENDS,
     Function,
     Settings,
+    frontend_option,
     hint,
     label_option,
     output_option,
@@ -259,13 +259,7 @@ Examples:
 """
 )
 @volume_argument
-@click.option(
-    "--frontend",
-    type=click.Choice(FRONTENDS),
-    default="auto",
-    show_default=True,
-    help="How consumers reach it: fuse gives a block device, socket an NBD address.",
-)
+@frontend_option
 @timeout_option
 @output_option
 @pass_settings
