@@ -1,4 +1,4 @@
-"""What snapshots cost: depth, creation under load, deletion.
+"""What snapshots cost: depth, creation under load, deletion, cloning.
 
     python -m perf.snapshots depth    IOPS and opening time with 1, 16, 64 and 254 snapshots
     python -m perf.snapshots create   the longest wait of a writer around each of 100 snapshots

@@ -283,19 +283,20 @@ class _Copy:
             self._release()
             self._jobs.rebuild.start_over(self._jobs.attempt, error)
             return
-        source.errors += 1
-        self._bad.append(source)
-        self._compare = True
+        self._pass_over(source)
         self._run()
 
     def _refused(self, source: Link) -> None:
         """The member found that a block does not match its checksum: another source, compared."""
         self._try += 1
+        self._pass_over(source)
+        self._release()
+        self.start()
+
+    def _pass_over(self, source: Link) -> None:
         source.errors += 1
         self._bad.append(source)
         self._compare = True
-        self._release()
-        self.start()
 
     def _member_failed(self, error: BlockdError) -> None:
         self._release()

@@ -23,7 +23,7 @@ from protocol.checksum import ZEROS, block_checksums
 from protocol.errors import BlockdError, StorageError
 from protocol.units import BLOCK_BYTES
 from replication.answers import Chunks
-from replication.link import Reads
+from replication.link import Reads, Reply
 from replication.pieces import BlockReader
 
 if TYPE_CHECKING:
@@ -114,17 +114,8 @@ class _Repair(BlockReader):
     def data(self, cookie: Any, chunks: Chunks) -> None:
         """Another member has it."""
         damage = self._damage
-        payload = memoryview(content_of(chunks))
-        self._engine.call(
-            damage.link,
-            wire.MEND,
-            self._mended,
-            flags=damage.count,
-            length=wire.map_checksum(payload, damage.count),
-            offset=wire.place(0, damage.first),
-            argument=damage.layer_id,
-            payload=[payload],
-        )
+        where = damage.layer_id, damage.first, damage.count
+        mend(self._engine, damage.link, where, chunks, self._mended)
         self._release()
 
     def done(self, cookie: Any, error: int) -> None:
@@ -142,6 +133,28 @@ class _Repair(BlockReader):
     def _release(self) -> None:
         if self._damage.layer_id == 0:
             self._engine.locks.release(self._damage.first, self._damage.first + self._damage.count)
+
+
+def mend(
+    engine: Engine,
+    link: Link,
+    where: tuple[int, int, int],
+    chunks: Sequence[tuple[int, memoryview | None]],
+    reply: Reply,
+) -> None:
+    """Have a member replace what is damaged of some blocks of a view: (layer, first, count)."""
+    layer_id, first, count = where
+    payload = memoryview(content_of(chunks))
+    engine.call(
+        link,
+        wire.MEND,
+        reply,
+        flags=count,
+        length=wire.map_checksum(payload, count),
+        offset=wire.place(0, first),
+        argument=layer_id,
+        payload=[payload],
+    )
 
 
 def content_of(chunks: Sequence[tuple[int, memoryview | None]]) -> bytes:

@@ -19,6 +19,7 @@ from protocol import replica as wire
 from protocol.checksum import ZEROS, block_checksum
 from protocol.errors import BlockdError, PeerError
 from protocol.units import BLOCK_BYTES
+from replication.repair import mend
 
 if TYPE_CHECKING:
     from replication.engine import Engine
@@ -81,10 +82,10 @@ class Rescue:
         if not bad or proven != bad:
             self._done(PeerError("a block is damaged there, and no other replica has it"))
         else:
-            self._mend([(number, *ours[number]) for number in bad])
+            self._mend([(number, ours[number][1]) for number in bad])
 
-    def _mend(self, left: list[tuple[int, int, memoryview]]) -> None:
-        number, entry, data = left.pop()
+    def _mend(self, left: list[tuple[int, memoryview]]) -> None:
+        number, data = left.pop()
 
         def mended(argument: int, payload: memoryview | None, error: BlockdError | None) -> None:
             if error is not None or not left:
@@ -92,17 +93,8 @@ class Rescue:
             else:
                 self._mend(left)
 
-        content = memoryview(entry.to_bytes(4, "little") + bytes(data))
-        self._engine.call(
-            self._source,
-            wire.MEND,
-            mended,
-            flags=1,
-            length=wire.map_checksum(content, 1),
-            offset=wire.place(0, self._first + number),
-            argument=self._view_id,
-            payload=[content],
-        )
+        where = self._view_id, self._first + number, 1
+        mend(self._engine, self._source, where, [(BLOCK_BYTES, data)], mended)
 
 
 def blocks_of(payload: memoryview, count: int) -> Blocks:

@@ -14,8 +14,8 @@ given up; nothing is copied for that, so its space is back soon. Then the rest m
 
 So at any moment each block is readable, durably, in P or in C, and at most COLLECT of them take
 their space twice. Left over entries of P after a power cut are shadowed by C and go when folding
-resumes.
-A block of P that does not match its entry stays where it is, and P with it, until it was mended.
+resumes. A block of P that does not match its entry stays where it is, and P with it, until it was
+mended.
 A removed layer with several children waits until one is left; one without any is dropped at once.
 
 A file that another directory has, too (cloning.py), stays as it is: its layer waits until the other
@@ -220,10 +220,12 @@ class Folder:
         start = mine.to_bytes(BLOCKS_PER_REGION, "little").find(
             0xFF, max(0, self._next_block - base)
         )
-        count = min(budget, BLOCKS_PER_REGION - start) if self._copying else BLOCKS_PER_REGION
         if start < 0:
             self._next_block = base + BLOCKS_PER_REGION
             return LOOK
+        count = BLOCKS_PER_REGION - start
+        if self._copying:
+            count = min(budget, count)
         mine &= span(start, count)
         theirs, _ = masks(child.map_block(region))
         moved, shadowed = mine & ~theirs, mine & theirs
@@ -241,7 +243,7 @@ class Folder:
                 self._changed(child)
             self._copied.append(batch)
             cost += batch.data.bit_count() // 8
-        self._next_block = base + min(start + count, BLOCKS_PER_REGION)
+        self._next_block = base + start + count
         return cost
 
     def _copy_data(self, parent: LayerFile, child: LayerFile, batch: Batch) -> None:
@@ -292,9 +294,9 @@ class Folder:
         stored = batch.moved & ~theirs
         if self._parent.parent == 0:
             stored &= batch.data  # nothing is beneath: absent reads as zeros, too
-        elif child is store.head:
+        elif child is store.head and stored & ~batch.data:
+            store.marks.make_writable(zone)
             for at, length in runs(stored & ~batch.data):
-                store.marks.make_writable(zone)
                 store.marks.mark(base + at, length, durable=False)
         index = store.index.memory
         takes_over = bytes.maketrans(bytes([parent.slot]), bytes([child.slot]))

@@ -49,9 +49,7 @@ class LayerInfo:
     created: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     removed: bool = False
-    origin: str = (
-        ""  # the replica that made the file, "" = this one; others are linked (cloning.py)
-    )
+    origin: str = ""  # the replica that made the file if that is another one (cloning.py)
     allocated_bytes: int = 0  # filled by Replica.tree(), not stored
 
 

@@ -19,6 +19,8 @@ from typing import ClassVar
 
 import msgspec
 
+from protocol.errors import BlockdError
+
 REPLICAS_DEFAULT = 3
 BLOCK_SIZES = (4096, 512)  # bytes; what file systems and databases can ask of a device
 REBUILD_WAIT_SECONDS = 60.0  # the restart of a machine should not cost a full copy
@@ -53,6 +55,11 @@ class Problem(msgspec.Struct):
     code: str
     message: str
     retry: bool = False
+
+    @classmethod
+    def of(cls, error: BlockdError) -> Problem:
+        """What an error says."""
+        return cls(error.code, str(error), error.retry)
 
 
 class Mount(msgspec.Struct):

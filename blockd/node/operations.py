@@ -11,8 +11,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from blockd.frontends import check as check_front_end
-from blockd.frontends import choose
 from blockd.node import control, mounts
 from blockd.node.checks import check_path, check_range, check_settings
 from blockd.node.context import VOLUME_FINALIZER
@@ -25,7 +23,7 @@ from blockd.node.objects import (
     VolumeSpec,
     new_uid,
 )
-from blockd.node.operations_common import POLL_SECONDS, late, refuse_if_final
+from blockd.node.operations_common import POLL_SECONDS, check_attaching, late, refuse_if_final
 from blockd.node.reconcile_devices import no_device_text
 from blockd.node.snapshot_operations import SnapshotOperations, attached_error
 from blockd.node.store import find, modify
@@ -135,13 +133,7 @@ class Operations(SnapshotOperations):
     def attach(self, name: str, frontend: str, wait_seconds: float) -> VolumeView:
         """Make the volume reachable."""
         volume = self._volume(name)
-        check_front_end(frontend)
-        current = volume.status.frontend
-        if volume.spec.attached and frontend not in ("auto", current or frontend):
-            raise ConflictError(
-                f"volume {name} is attached through {current}; detach it first to use {frontend}"
-            )
-        choose(frontend)  # says what is missing before anything is started
+        check_attaching(f"volume {name}", volume.spec.attached, volume.status.frontend, frontend)
 
         def want(item: Volume) -> None:
             item.spec.attached = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from blockd.frontends import check as check_front_end
+from blockd.frontends import choose
 from blockd.node.context import Context
 from blockd.node.objects import Problem, Volume
 from blockd.node.store import find, modify
@@ -69,6 +71,16 @@ class OperationsCommon:
             if time.monotonic() > deadline:
                 raise DeadlineError(late(f"volume {name} is not {what}", wait_seconds, item))
             time.sleep(POLL_SECONDS)
+
+
+def check_attaching(what: str, attached: bool, current: str | None, front_end: str) -> None:
+    """Refuse a front end that cannot be used, or another one than something is attached through."""
+    check_front_end(front_end)
+    if attached and front_end not in ("auto", current or front_end):
+        raise ConflictError(
+            f"{what} is attached through {current}; detach it first to use {front_end}"
+        )
+    choose(front_end)  # says what is missing before anything is started
 
 
 def refuse(problem: Problem | None) -> None:

@@ -9,6 +9,8 @@ volume. Repeating it after a crash finds what was made.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from blockd.node import control
 from blockd.node.context import Context, log
 from blockd.node.objects import Problem, Replica, Snapshot, Source, Volume, VolumeSpec, snapshot_key
@@ -88,7 +90,7 @@ class CloneReconciler:
                     self._clone(item, record, daemon)
             except BlockdError as error:
                 log.warning("volume %s: %s", name, error)
-                self._note(item, Problem(error.code, str(error), error.retry))
+                self._note(item, Problem.of(error))
 
     def check_source(self, volume: Volume) -> None:
         """NotFoundError if a clone waits in vain."""
@@ -124,7 +126,7 @@ class CloneReconciler:
             wanted = self._still_waits(volume)
             if not wanted:  # removed meanwhile: its own pass may have been done before the links
                 for replica in replicas:
-                    self._discard(name, replica)
+                    self._discard(replica)
         if not wanted:
             return
         for replica in replicas:
@@ -149,19 +151,20 @@ class CloneReconciler:
             raise StateError(f"volume {name} has a replica that is no clone; remove the volume")
         for uid, item in there.items():
             if uid not in usable:
-                self._discard(name, item)
+                self._discard(item)
         made = [there.get(uid) or self._context.new_replica(name, source=uid) for uid in usable]
         return [store.get(Replica, item.metadata.name) for item in made]
 
     def _still_waits(self, volume: Volume) -> bool:
         """Is it still there, the same one, and not done?"""
         current = find(self._context.store, Volume, volume.metadata.name)
-        same = current is not None and current.metadata.uid == volume.metadata.uid
-        return current is not None and same and waits_for_clone(current)
+        if current is None or current.metadata.uid != volume.metadata.uid:
+            return False
+        return waits_for_clone(current)
 
-    def _discard(self, name: str, replica: Replica) -> None:
+    def _discard(self, replica: Replica) -> None:
         """Remove the directory of a clone's replica, and its object."""
-        remove_tree(self._context.home.replicas_directory(name) / replica.metadata.name)
+        remove_tree(Path(replica.spec.path))
         if find(self._context.store, Replica, replica.metadata.name) is not None:
             self._context.drop_replica(replica)
 

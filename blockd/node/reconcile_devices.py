@@ -145,11 +145,7 @@ class DeviceReconciler:
 def refuse_with_clients(context: Context, volume: Volume, snapshot: str = "") -> None:
     """ConflictError while NBD clients are connected to a volume, or to one of its snapshots."""
     path = context.volume_daemon(volume, []).control
-    what = (
-        f"snapshot {volume.metadata.name}@{snapshot}"
-        if snapshot
-        else (f"volume {volume.metadata.name}")
-    )
+    what = context.target(volume, volume.status.epoch, snapshot).what
     deadline = time.monotonic() + CLIENTS_GONE_SECONDS
     while True:
         try:

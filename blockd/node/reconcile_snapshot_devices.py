@@ -81,7 +81,7 @@ class SnapshotDeviceReconciler:
         try:
             act(volume, item)
         except BlockdError as error:
-            problem = Problem(error.code, str(error), error.retry)
+            problem = Problem.of(error)
             if item.status.problem != problem:
                 log.warning("snapshot %s: %s", item.metadata.name, error)
             self._note(item, problem=problem)

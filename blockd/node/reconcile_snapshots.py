@@ -70,7 +70,7 @@ class SnapshotReconciler:
                 mounts.write_back(volume.status.device)
             made = there or _create(item, daemon, volume)
         except BlockdError as error:
-            problem = Problem(error.code, str(error), error.retry)
+            problem = Problem.of(error)
             log.warning("snapshot %s: %s", key, error)
             modify_status(store, Snapshot, key, lambda s: setattr(s.status, "problem", problem))
             return
@@ -86,7 +86,7 @@ class SnapshotReconciler:
             except NotFoundError:
                 pass
             except BlockdError as error:
-                problem = Problem(error.code, str(error), error.retry)
+                problem = Problem.of(error)
                 log.warning("snapshot %s: %s", key, error)
                 modify_status(store, Snapshot, key, lambda s: setattr(s.status, "problem", problem))
                 return

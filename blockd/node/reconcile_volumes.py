@@ -72,7 +72,7 @@ class VolumeReconciler:
                 return CLONE_WAIT_SECONDS
             delay = self._converge(volume)
         except BlockdError as error:
-            problem = Problem(error.code, str(error), error.retry)
+            problem = Problem.of(error)
             self._note_problem(volume, problem)
             raise
         except Exception as error:  # a bug; the log has it all
@@ -180,7 +180,7 @@ class VolumeReconciler:
             log.info("volume %s: reverted to %s", name, revert.snapshot)
         except BlockdError as error:
             log.warning("volume %s: revert to %s: %s", name, revert.snapshot, error)
-            problem = Problem(error.code, str(error), error.retry)
+            problem = Problem.of(error)
         volume = self._context.store.get(Volume, name)
         return self._note(volume, revert_id=revert.id, revert_problem=problem)
 

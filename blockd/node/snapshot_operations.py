@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from blockd.frontends import check as check_front_end
-from blockd.frontends import choose
 from blockd.node import control
 from blockd.node.context import SNAPSHOT_FINALIZER
 from blockd.node.objects import (
@@ -21,7 +19,13 @@ from blockd.node.objects import (
     new_uid,
     snapshot_key,
 )
-from blockd.node.operations_common import POLL_SECONDS, OperationsCommon, refuse, refuse_if_final
+from blockd.node.operations_common import (
+    POLL_SECONDS,
+    OperationsCommon,
+    check_attaching,
+    refuse,
+    refuse_if_final,
+)
 from blockd.node.reconcile_snapshots import mount_to_freeze, mounted_error
 from blockd.node.store import find, modify
 from blockd.node.views import DiffView, SnapshotView, UsageView, VolumeView, snapshot_view
@@ -85,14 +89,8 @@ class SnapshotOperations(OperationsCommon):
         """Give a snapshot a read-only device, or an NBD address, of its own."""
         self.snapshot(volume, name)
         key = snapshot_key(volume, name)
-        check_front_end(frontend)
         item = self._store.get(Snapshot, key)
-        current = item.status.frontend
-        if item.spec.attached and frontend not in ("auto", current or frontend):
-            raise ConflictError(
-                f"snapshot {key} is attached through {current}; detach it first to use {frontend}"
-            )
-        choose(frontend)  # says what is missing before anything is started
+        check_attaching(f"snapshot {key}", item.spec.attached, item.status.frontend, frontend)
 
         def want(snapshot: Snapshot) -> None:
             snapshot.spec.attached = True

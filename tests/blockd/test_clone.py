@@ -19,6 +19,7 @@ from blockd.node import control
 from blockd.node.context import SNAPSHOT_FINALIZER
 from blockd.node.objects import Metadata, Snapshot, SnapshotSpec
 from blockd.node.reconcile_clones import clone_spec
+from blockd.node.views import VolumeView
 from protocol.errors import (
     ConflictError,
     DeadlineError,
@@ -39,6 +40,15 @@ def clone(node: NodeHarness, source: str, name: str, **wanted: Any) -> None:
     volume, snapshot = source.split("@")
     spec = clone_spec(node.service.context, volume, snapshot, **wanted)
     node.operations.create(name, spec, {}, WAIT_SECONDS)
+
+
+def with_snapshot(node: NodeHarness, tmp_path: Path, replicas: int = 2) -> VolumeView:
+    """An attached volume `data` with CONTENT, and its snapshot `one`."""
+    node.create("data", replicas=replicas)
+    view = node.attach("data")
+    write(view, CONTENT, tmp_path / "in")
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    return view
 
 
 def shared_files(node: NodeHarness, name: str) -> int:
@@ -74,10 +84,7 @@ def test_the_command_asks_and_follows_the_copying(tmp_path: Path, run: Run) -> N
 def test_clones_show_the_snapshot_and_either_side_may_go_first(
     node: NodeHarness, tmp_path: Path
 ) -> None:
-    node.create("data", replicas=3)
-    view = node.attach("data")
-    write(view, CONTENT, tmp_path / "in")
-    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    view = with_snapshot(node, tmp_path, replicas=3)
     write(view, OTHER, tmp_path / "in")
     clone(node, "data@one", "new")
     assert len(node.view("new").replicas) == 3
@@ -106,9 +113,7 @@ def test_clones_show_the_snapshot_and_either_side_may_go_first(
 def test_a_full_clone_of_a_detached_volume_shares_nothing_in_the_end(
     replicas: int, node: NodeHarness, tmp_path: Path
 ) -> None:
-    node.create("data", replicas=2)
-    write(node.attach("data"), CONTENT, tmp_path / "in")
-    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    with_snapshot(node, tmp_path)
     node.operations.detach("data", WAIT_SECONDS)
     clone(node, "data@one", "new", full=True, replicas=replicas, size_bytes=100 * MIB)
     until(lambda: shared_files(node, "new") == 0, "all is copied")
@@ -121,10 +126,7 @@ def test_a_full_clone_of_a_detached_volume_shares_nothing_in_the_end(
 def test_a_degraded_volume_gives_a_clone_that_is_completed(
     node: NodeHarness, tmp_path: Path
 ) -> None:
-    node.create("data", replicas=2)
-    view = node.attach("data")
-    write(view, CONTENT, tmp_path / "in")
-    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    view = with_snapshot(node, tmp_path)
     gone = node.view("data").replicas[0]
     assert gone.pid
     os.kill(gone.pid, signal.SIGSTOP)  # it is there and does not answer
@@ -261,9 +263,7 @@ def test_a_clone_removed_while_it_is_made_leaves_no_links(
 def test_a_clone_that_is_repeated_after_a_newer_snapshot_can_be_opened(
     node: NodeHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node.create("data", replicas=2)
-    write(node.attach("data"), CONTENT, tmp_path / "in")
-    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    with_snapshot(node, tmp_path)
     real, tries = control.ask, []
 
     def one_is_late(path: Path, command: str, **arguments: Any) -> control.Answer:

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,20 @@ REASON = FuseFrontEnd().unavailable()
 needs_fuse = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 FILES = {f"dir{n % 7}/file{n}": os.urandom(n * 37) for n in range(120)}
+
+
+@contextmanager
+def held(device: str | None) -> Iterator[int]:
+    """A process has a device open; its pid."""
+    with (
+        open(str(device), "rb") as opened,
+        subprocess.Popen(["sleep", "60"], stdin=opened) as user,
+    ):
+        opened.close()
+        try:
+            yield user.pid
+        finally:
+            user.kill()
 
 
 def _fill(where: Path) -> None:
@@ -107,14 +123,8 @@ def test_what_is_in_use_is_not_taken_away(node: NodeHarness) -> None:
     with pytest.raises(ConflictError, match="elsewhere"):
         node.operations.detach("data", WAIT_SECONDS)
     subprocess.run(["umount", str(other)], check=True)
-    with (
-        Path(view.device).open("rb") as opened,
-        subprocess.Popen(["sleep", "60"], stdin=opened) as user,
-    ):
-        opened.close()
-        with pytest.raises(ConflictError, match=f"pid {user.pid}"):
-            node.operations.detach("data", WAIT_SECONDS)
-        user.kill()
+    with held(view.device) as pid, pytest.raises(ConflictError, match=f"pid {pid}"):
+        node.operations.detach("data", WAIT_SECONDS)
     until(lambda: node.view("data").state == "attached", "the refused detach is undone")
     assert node.operations.detach("data", WAIT_SECONDS).state == "detached"
 

@@ -21,7 +21,7 @@ from protocol.errors import ConflictError, NotFoundError
 from tests.blockd.cli_fake_node import Run, serving_unix
 from tests.blockd.nbd_client import NbdClient
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, read, until, write
-from tests.blockd.test_node_fuse import needs_fuse
+from tests.blockd.test_node_fuse import held, needs_fuse
 
 OLD, NEW = os.urandom(MIB), os.urandom(MIB)
 
@@ -118,13 +118,10 @@ def test_snapshots_are_read_only_devices(node: NodeHarness, tmp_path: Path) -> N
     with pytest.raises(ConflictError, match="through fuse"):
         attach(node, "old", "socket")
     with (
-        open(str(old.device), "rb") as opened,
-        subprocess.Popen(["sleep", "60"], stdin=opened) as user,
+        held(old.device) as pid,
+        pytest.raises(ConflictError, match=f"snapshot data@old.* pid {pid}"),
     ):
-        opened.close()
-        with pytest.raises(ConflictError, match=f"snapshot data@old.* pid {user.pid}"):
-            node.operations.snapshot_detach("data", "old", WAIT_SECONDS)
-        user.kill()
+        node.operations.snapshot_detach("data", "old", WAIT_SECONDS)
     node.operations.snapshot_detach("data", "old", WAIT_SECONDS)
     assert content(new.device) == NEW
     node.operations.snapshot_detach("data", "new", WAIT_SECONDS)
@@ -202,14 +199,9 @@ def test_a_mounted_volume_is_reverted_by_force_only(node: NodeHarness) -> None:
     node.operations.revert("data", "one", True, WAIT_SECONDS)
     assert file.read_text() == "then"
     node.operations.unmount("data", WAIT_SECONDS)
-    with (
-        open(str(node.view("data").device), "rb") as opened,
-        subprocess.Popen(["sleep", "60"], stdin=opened) as user,
-    ):
-        opened.close()
-        with pytest.raises(ConflictError, match=f"pid {user.pid}"):
-            node.operations.revert("data", "one", False, WAIT_SECONDS)
-        user.kill()
+    device = node.view("data").device
+    with held(device) as pid, pytest.raises(ConflictError, match=f"pid {pid}"):
+        node.operations.revert("data", "one", False, WAIT_SECONDS)
     node.operations.revert("data", "one", False, WAIT_SECONDS)
     assert node.operations.mount("data", None, "ext4", WAIT_SECONDS).mount
     assert file.read_text() == "then"
