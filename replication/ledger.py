@@ -50,13 +50,18 @@ class Ledger:
         self._clock = clock
         self._fenced = fenced
         self._queue: deque[tuple[Change, Done, int]] = deque()
-        self._count = 0
+        self.count = 0  # changes so far; part of their stamps
         self._running = False
+
+    @property
+    def busy(self) -> bool:
+        """Is a change under way?"""
+        return self._running
 
     def change(self, change: Change, done: Done) -> None:
         """Apply `change`, then `done(None)`; `done(error)` if the change itself raised."""
-        self._count += 1
-        self._queue.append((change, done, self._count))
+        self.count += 1
+        self._queue.append((change, done, self.count))
         if not self._running:
             self._next()
 

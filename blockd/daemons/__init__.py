@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
 
         return replica_main(arguments[1:])
     if kind == "volume":
-        from blockd.daemons.volume import main as volume_main
+        from blockd.daemons.volume_main import main as volume_main
 
         return volume_main(arguments[1:])
     usage = "usage: blockd daemon replica DIR --listen ADDRESS | volume NAME --replica ADDRESS ..."

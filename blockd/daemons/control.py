@@ -28,24 +28,35 @@ Command = Callable[[dict[str, Any], Answer], None]
 class ControlServer:
     """Accepts control connections and runs `commands`."""
 
-    def __init__(self, loop: Loop, address: str, commands: Mapping[str, Command]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        address: str,
+        commands: Mapping[str, Command],
+        sock: socket.socket | None = None,
+    ) -> None:
+        """Listen at `address`, or go on with `sock`, which does already."""
         self._loop = loop
         self._commands = commands
         self._connections: set[_Connection] = set()
+        self.socket, self.address = (sock, address) if sock else self._listen(address)
+        loop.register(self.socket.fileno(), READ, self._accept)
+
+    @staticmethod
+    def _listen(address: str) -> tuple[socket.socket, str]:
         if not address.startswith("unix:"):
             raise RequestError(
                 f"control address {address!r} is not unix:PATH; it must be private to its owner"
             )
         mask = os.umask(0o177)
         try:
-            self._socket, self.address = addresses.listen(address)
+            return addresses.listen(address)
         finally:
             os.umask(mask)
-        loop.register(self._socket.fileno(), READ, self._accept)
 
     def _accept(self, events: int) -> None:
         try:
-            sock, _ = self._socket.accept()
+            sock, _ = self.socket.accept()
         except OSError:
             return
         if len(self._connections) >= CONNECTIONS_MAX:
@@ -73,11 +84,11 @@ class ControlServer:
 
     def close(self) -> None:
         """Close the listener and every connection; the socket file goes away."""
-        self._loop.unregister(self._socket.fileno())
+        self._loop.unregister(self.socket.fileno())
         for connection in list(self._connections):
             connection.close()
-        path = self._socket.getsockname()
-        self._socket.close()
+        path = self.socket.getsockname()
+        self.socket.close()
         if isinstance(path, str) and os.path.exists(path):
             os.unlink(path)
 

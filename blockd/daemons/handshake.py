@@ -33,6 +33,20 @@ _HELLO_FIELDS = {
 TIMEOUT_SECONDS = 5.0  # for each step; a replica answers these from memory
 
 
+class GivenSession:
+    """A session that another process opened and gave to this one; has the shape of `Session`."""
+
+    def __init__(self, address: str, hello: dict[str, Any], sock: socket.socket) -> None:
+        self.address = address
+        self.hello = hello
+        self._socket = sock
+
+    def detach(self) -> socket.socket:
+        """The socket, non-blocking, for the loop."""
+        self._socket.setblocking(False)
+        return self._socket
+
+
 class Session:
     """A connected, proven session; `hello` is what the replica said of itself."""
 

@@ -92,6 +92,11 @@ class LocalMember:
         self._answers: list[wire.Frame] | None = None  # those of the batch that is running
         self._open = True
 
+    @property
+    def is_open(self) -> bool:
+        """False once `close` was called."""
+        return self._open
+
     def flush(self) -> bool:
         """Carry out everything queued and hand the answers to the engine."""
         queue = self.link.queue

@@ -40,6 +40,11 @@ class MemberSocket(Stream):
         if inbox.end > inbox.start:
             inbox.reserve(wire.needed(inbox.buffer, inbox.start, inbox.end))
 
+    @property
+    def is_open(self) -> bool:
+        """False once `close` was called."""
+        return self.socket is not None
+
     def drained(self) -> None:
         self._daemon.member_drained()
 

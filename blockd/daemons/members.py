@@ -7,11 +7,11 @@ if its machine has not been rebooted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from blockd.daemons import opening, process
-from blockd.daemons.handshake import Session
+from blockd.daemons.handshake import GivenSession, Session
 from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
 from protocol.errors import BlockdError, ConflictError, StateError
@@ -35,6 +35,9 @@ RESYNC_SECONDS_MAX = 300.0
 STEADY_SECONDS = 60.0  # in sync for so long, a member is as good as new
 
 
+Introduced = opening.AnySession | GivenSession
+
+
 class _Stranger(StateError):
     """The directory is not the one that took part: it is compared as a whole."""
 
@@ -42,7 +45,7 @@ class _Stranger(StateError):
 class Members:
     """All members of one volume daemon."""
 
-    def __init__(self, daemon: VolumeDaemon, opened: opening.Opened) -> None:
+    def __init__(self, daemon: VolumeDaemon, sessions: Mapping[str, Introduced]) -> None:
         self._daemon = daemon
         self._loop = daemon.loop
         self._engine = engine = daemon.engine
@@ -57,10 +60,10 @@ class Members:
         self.verified: Report | None = None  # the last or running verification
         engine.repairs.on_event = process.log
         engine.on_lost = self._lost
-        for replica_uuid, member in opened.record.members.items():
+        for replica_uuid, member in engine.record.members.items():
             link = Link(replica_uuid, member.address, member.state)
             engine.links[replica_uuid] = link
-            session = opened.sessions.get(replica_uuid)
+            session = sessions.get(replica_uuid)
             if session is not None:
                 self._connected(link, session)
                 if link.state == IN_SYNC:
@@ -73,7 +76,35 @@ class Members:
         for link in list(self.sockets):
             self.sockets.pop(link).close()
 
-    def _connected(self, link: Link, session: opening.AnySession) -> None:
+    def close_local(self) -> None:
+        """Close the replicas in this process, because another one opens them."""
+        for member in self.sockets.values():
+            if isinstance(member, LocalMember):
+                member.close()
+
+    def open_local(self) -> None:
+        """Go on with the replicas that `close_local` closed; without them this process ends."""
+        engine = self._engine
+        for old in [link for link, member in self.sockets.items() if not member.is_open]:
+            try:
+                session = opening.take_up(self._loop, old.address, engine.record)
+            except BlockdError as error:
+                process.log(f"replica {old.replica_uuid} cannot be opened again: {error}")
+                self._daemon.exit_code = error.exit_code
+                self._loop.stop()
+                return
+            del self.sockets[old]
+            link = Link(old.replica_uuid, old.address, old.state)
+            link.errors, link.repaired_blocks = old.errors, old.repaired_blocks
+            engine.links[link.replica_uuid] = link
+            engine.set_members(
+                [target for target in engine.targets if target is not old],
+                [reader for reader in engine.readers if reader is not old],
+            )
+            self._connected(link, session)
+            membership.enter(engine, link)
+
+    def _connected(self, link: Link, session: Introduced) -> None:
         link.hello = session.hello
         link.address = session.address
         self._boot_ids.setdefault(link.replica_uuid, str(session.hello["boot_id"]))
@@ -106,7 +137,7 @@ class Members:
         for link in list(self._engine.links.values()):
             if not link.connected:
                 self.reconnect(link.replica_uuid)
-            else:
+            elif not self._daemon.handing_over:
                 self._resync(link, now)
         structure = self._daemon.structure
         if not structure.busy:
@@ -122,6 +153,8 @@ class Members:
         link = self._engine.links.get(replica_uuid)
         member = record.members.get(replica_uuid)
         if link is None or member is None or replica_uuid in self._reconnecting:
+            return
+        if self._daemon.handing_over:
             return
         if member.state != link.state or link.leaving or link in self._engine.targets:
             return  # its change to OUT is still on the way

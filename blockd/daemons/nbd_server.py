@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blockd.daemons import addresses, process
@@ -23,7 +23,7 @@ from blockd.daemons.block_status import BlockStatus
 from blockd.daemons.stream import Stream
 from blockd.loop import READ, Timer
 from protocol import replica as wire
-from protocol.errors import PeerError
+from protocol.errors import PeerError, StateError
 from protocol.nbd import constants as nbd
 from protocol.nbd import replies, requests
 from protocol.nbd.exports import Export
@@ -44,10 +44,21 @@ _ZERO = memoryview(bytes(1 << 20))  # what holes look like to clients without st
 class NbdServer:
     """One listening address."""
 
-    def __init__(self, daemon: VolumeDaemon, address: str) -> None:
+    def __init__(
+        self, daemon: VolumeDaemon, address: str, sock: socket.socket | None = None
+    ) -> None:
+        """Listen at `address`, or go on with `sock`, which does already."""
         self._daemon = daemon
-        self.socket, self.address = daemon.loop.listen(address)
-        daemon.loop.register(self.socket.fileno(), READ, self._accept)
+        self.socket, self.address = (sock, address) if sock else daemon.loop.listen(address)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Accept clients."""
+        self._daemon.loop.register(self.socket.fileno(), READ, self._accept)
+
+    def pause(self) -> None:
+        """Let new clients wait."""
+        self._daemon.loop.unregister(self.socket.fileno())
 
     def _accept(self, events: int) -> None:
         try:
@@ -60,15 +71,40 @@ class NbdServer:
             return
         sock.setblocking(False)
         addresses.tune(sock)
-        self._daemon.connections.append(NbdConnection(self._daemon, sock))
+        connection = NbdConnection(self._daemon, sock)
+        self._daemon.connections.append(connection)
+        connection.greet()
 
     def close(self) -> None:
         """Stop listening; a unix socket file goes away."""
         self._daemon.loop.unregister(self.socket.fileno())
-        name = self.socket.getsockname()
-        self.socket.close()
-        if isinstance(name, str):
-            addresses.remove(name)
+        close_listener(self.socket)
+
+
+def close_listener(sock: socket.socket) -> None:
+    """Stop listening; a unix socket file goes away."""
+    name = sock.getsockname()
+    sock.close()
+    if isinstance(name, str):
+        addresses.remove(name)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A connection at a message boundary: what was agreed, and bytes in neither direction lost.
+
+    `unread` came from the client and no request of it was begun; `unsent` are answers that the
+    client has not taken. `draining_bytes` of `drained` are still to be skipped.
+    """
+
+    export: str
+    size_bytes: int
+    structured: bool
+    contexts: tuple[tuple[int, str], ...]
+    draining_bytes: int
+    drained: requests.Request | None
+    unread: bytes
+    unsent: bytes
 
 
 class NbdConnection(Stream):
@@ -88,12 +124,10 @@ class NbdConnection(Stream):
         self.backlog: list[requests.Request] = []
         self.export: Export | None = None
         self.layer_id = 0
+        self._contexts: tuple[tuple[int, str], ...] = ()
         self._size_bytes = 0
-        self._deadline: Timer | None = daemon.loop.later(
-            nbd.HANDSHAKE_DEADLINE_SECONDS, self._too_slow
-        )
-        self._queue.append(self._handshake.greeting)
-        self.flush()
+        self._deadline: Timer | None = None
+        self._paused = False
 
     # ---- socket ---------------------------------------------------------------------------
 
@@ -127,7 +161,71 @@ class NbdConnection(Stream):
                 self._deadline.cancel()
             self._daemon.connection_closed(self, reason)
 
+    # ---- hand-over to another process -------------------------------------------------------
+
+    def pause(self) -> None:
+        """Begin no request until `go_on_again`."""
+        self._paused = True
+        self.hold()
+
+    def go_on_again(self) -> None:
+        """Begin requests again."""
+        self._paused = False
+        self.flush()
+        if not self.backlog and self.inbox.end > self.inbox.start:
+            self.received()
+        self.go_on()
+
+    @property
+    def negotiating(self) -> bool:
+        """Has no export been chosen yet?"""
+        return not self._transmission
+
+    @property
+    def quiet(self) -> bool:
+        """Is every request that was begun answered, and can `parting` tell the rest?"""
+        if self._under_way or (self.backlog and self._parser.draining_bytes):
+            return False
+        return all(each[0] != nbd.CMD_WRITE or each[5] is not None for each in self.backlog)
+
+    def parting(self) -> Parting:
+        """What another process needs to go on with a paused, quiet connection."""
+        assert self.export is not None
+        waiting = [requests.pack(request) for request in self.backlog]
+        draining_bytes, drained = self._parser.skipping()
+        inbox = self.inbox
+        return Parting(
+            export=self.export.name,
+            size_bytes=self._size_bytes,
+            structured=self._structured,
+            contexts=self._contexts,
+            draining_bytes=draining_bytes,
+            drained=drained,
+            unread=b"".join([*waiting, inbox.buffer[inbox.start : inbox.end]]),
+            unsent=b"".join(self._queue),
+        )
+
+    def resume_from(self, parting: Parting) -> None:
+        """Go on where another process stopped; `go_on_again` begins."""
+        export = self._daemon.find(parting.export)
+        if export is None:
+            raise StateError(f"a client uses {parting.export}, which does not exist")
+        self._enter(
+            replace(export, size_bytes=parting.size_bytes), parting.structured, parting.contexts
+        )
+        self._parser.skip(parting.draining_bytes, parting.drained)
+        self._put(parting.unread)
+        if parting.unsent:
+            self._queue.append(parting.unsent)
+        self.pause()
+
     # ---- handshake ------------------------------------------------------------------------
+
+    def greet(self) -> None:
+        """Begin the handshake."""
+        self._deadline = self.loop.later(nbd.HANDSHAKE_DEADLINE_SECONDS, self._too_slow)
+        self._queue.append(self._handshake.greeting)
+        self.flush()
 
     def _too_slow(self) -> None:
         self.close(f"no export was chosen within {nbd.HANDSHAKE_DEADLINE_SECONDS} s")
@@ -143,23 +241,36 @@ class NbdConnection(Stream):
             assert handshake.export is not None
             if self._deadline is not None:
                 self._deadline.cancel()
-            self.export = handshake.export
-            self._size_bytes = handshake.export.size_bytes
-            self.layer_id = self._daemon.layer_of(handshake.export.name)
-            self._structured = handshake.structured_replies
-            self._transmission = True
-            rest = handshake.leftover
-            inbox.reserve(len(rest))
-            inbox.buffer[: len(rest)] = rest
-            inbox.start, inbox.end = 0, len(rest)
+            self._enter(handshake.export, handshake.structured_replies, handshake.contexts)
+            self._put(handshake.leftover)
             self.flush()
             self._requests()
         elif self.flush() and handshake.state == "closed":
             self.close("the client ended the handshake")
 
+    def _enter(
+        self, export: Export, structured: bool, contexts: tuple[tuple[int, str], ...]
+    ) -> None:
+        """Requests come from now on."""
+        self.export = export
+        self._size_bytes = export.size_bytes
+        self.layer_id = self._daemon.layer_of(export.name)
+        self._structured = structured
+        self._contexts = contexts
+        self._transmission = True
+
+    def _put(self, data: bytes) -> None:
+        """`data` is what was received."""
+        inbox = self.inbox
+        inbox.reserve(len(data))
+        inbox.buffer[: len(data)] = data
+        inbox.start, inbox.end = 0, len(data)
+
     # ---- requests -------------------------------------------------------------------------
 
     def _requests(self) -> None:
+        if self._paused:
+            return  # a client that hung up is heard even so
         inbox, daemon = self.inbox, self._daemon
         batch: list[requests.Request] = []
         reads: list[requests.Request] = []
@@ -186,15 +297,20 @@ class NbdConnection(Stream):
 
     def resume(self) -> None:
         """The members took what was waiting for them: read on."""
-        if not self.backlog:
+        if not self.backlog and not self._paused:
             self.release()
 
     def drained(self) -> None:
         self.go_on()
 
     def go_on(self) -> None:
-        """Run what waited for earlier reads to be answered and taken."""
-        if self.blocked or self.reading_bytes > READING_BYTES_MAX // 2 or self.socket is None:
+        """Run what waited for earlier reads to be answered and taken, and read on."""
+        if (
+            self._paused
+            or self.blocked
+            or self.reading_bytes > READING_BYTES_MAX // 2
+            or self.socket is None
+        ):
             return
         batch, self.backlog = self.backlog, []
         if batch:
@@ -247,9 +363,8 @@ class NbdConnection(Stream):
 
     def _run_other(self, request: requests.Request) -> None:
         command, flags, cookie, offset, length, payload = request
-        export = self.export
+        export, contexts = self.export, self._contexts
         assert export is not None
-        contexts = self._handshake.contexts
         code = requests.check(command, flags, offset, length, export, self._structured, contexts)
         if self._daemon.stopping and command != nbd.CMD_DISC:
             code = nbd.ESHUTDOWN

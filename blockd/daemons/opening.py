@@ -46,6 +46,8 @@ from replication.structure import (
 
 WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
 RETRY_SECONDS = 0.2
+TAKE_UP_SECONDS = 5.0  # a process that has to let go of a directory ends within milliseconds
+TAKE_UP_RETRY_SECONDS = 0.01
 
 Log = Callable[[str], None]
 AnySession = Session | LocalSession
@@ -178,6 +180,22 @@ def introduce(loop: Loop, address: str, volume_uuid: str, key: bytes) -> AnySess
     if address.startswith("dir:"):
         return LocalSession(loop, address[4:], volume_uuid)
     return Session(loop, address, volume_uuid, key)
+
+
+def take_up(loop: Loop, address: str, record: Record) -> LocalSession:
+    """Open a replica in this process that was in sync and closed by who had it in this epoch."""
+    deadline = loop.now() + TAKE_UP_SECONDS
+    while True:
+        try:
+            session = LocalSession(loop, address.removeprefix("dir:"), record.volume_uuid)
+            break
+        except ConflictError:  # who had it has not ended yet
+            if loop.now() > deadline:
+                raise
+            loop.sleep(TAKE_UP_RETRY_SECONDS)
+    session.hello = session.fence(fence_content(record))
+    session.ask(wire.CONTROL, {"do": "trust"})
+    return session
 
 
 def _create(

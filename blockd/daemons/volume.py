@@ -10,37 +10,31 @@ open fences this one and compares the members (opening.py).
 
 from __future__ import annotations
 
-import argparse
-import os
-import uuid
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from blockd.daemons import opening, process
+from blockd.daemons import process
 from blockd.daemons.block_status import CHANGED_CONTEXT
 from blockd.daemons.control import ControlServer
-from blockd.daemons.members import Members
-from blockd.daemons.nbd_server import NbdConnection, NbdServer
+from blockd.daemons.members import Introduced, Members
+from blockd.daemons.nbd_server import NbdConnection, NbdServer, close_listener
+from blockd.daemons.options import Options
 from blockd.daemons.volume_commands import VolumeCommands
 from blockd.loop import Loop
 from protocol.errors import (
     BlockdError,
     ConflictError,
-    NotFoundError,
-    RequestError,
-    StateError,
 )
 from protocol.nbd import constants as nbd
 from protocol.nbd.exports import Export
-from protocol.units import check_min_in_sync, check_name, parse_rate
-from replication.authority import Authority, SqliteAuthority
+from replication.authority import Authority, Record
 from replication.catchup import CatchUp
 from replication.choosing import Choice
 from replication.engine import Engine
 from replication.ledger import Ledger
 from replication.room import WAITING_BYTES_MAX
 from replication.structure import Structure
-from replication.watch import ANSWER_SECONDS_MAX
 
 STOP_SECONDS_MAX = 15.0  # for the last answers and the last flush
 CONGESTION_BYTES = 16 << 20  # unsent bytes of one member after which clients are not read
@@ -51,13 +45,21 @@ class VolumeDaemon:
     """One open volume and everything connected to it."""
 
     def __init__(
-        self, loop: Loop, authority: Authority, opened: opening.Opened, options: Options
+        self,
+        loop: Loop,
+        authority: Authority,
+        record: Record,
+        sessions: Mapping[str, Introduced],
+        options: Options,
+        sequence: int = 0,
     ) -> None:
+        """`sequence`: where the order of changes goes on."""
         self.loop = loop
         self.options = options
-        self.ledger = Ledger(authority, opened.record, loop, self._fenced)
+        self.ledger = Ledger(authority, record, loop, self._fenced)
         self.ledger.on_change = self.send_everything
         self.engine = Engine(self.ledger, loop.now)
+        self.engine.sequence = self.engine.all_applied = sequence
         self.structure = Structure(self.engine, process.timestamp)
         self.connections: list[NbdConnection] = []
         self.waiting: list[NbdConnection] = []
@@ -66,9 +68,10 @@ class VolumeDaemon:
         self.exit_code = 0
         self.started = process.timestamp()
         self.stopping = False
-        self._control: ControlServer | None = None
+        self.handing_over = False
+        self.control: ControlServer | None = None
         self.engine.room.on_room = self.member_drained
-        self.members = Members(self, opened)
+        self.members = Members(self, sessions)
 
     def catch_up(self, choice: Choice, done: Callable[[BlockdError | None], None]) -> None:
         """Before `serve`: repeat the last changes of a dead owner on members that lack them."""
@@ -77,13 +80,17 @@ class VolumeDaemon:
         CatchUp(self.engine, ranges, [links[uuid] for uuid in choice.behind], done).start()
         self.send_everything()
 
-    def serve(self) -> None:
-        """Start listening."""
+    def serve(self, listening: Mapping[str, socket.socket] | None = None) -> None:
+        """Start listening; `listening` are sockets that do already, by address."""
+        have = dict(listening or {})
         for address in self.options.nbd:
-            self.servers.append(NbdServer(self, address))
-        if self.options.control:
+            self.servers.append(NbdServer(self, address, have.pop(address, None)))
+        address = self.options.control or ""
+        if address:
             commands = VolumeCommands(self).table()
-            self._control = ControlServer(self.loop, self.options.control, commands)
+            self.control = ControlServer(self.loop, address, commands, have.pop(address, None))
+        for unwanted in have.values():
+            close_listener(unwanted)
 
     # ---- exports (ExportSource of the NBD handshake) ----------------------------------------
 
@@ -237,139 +244,6 @@ class VolumeDaemon:
 
     def close(self) -> None:
         """Close what is still open."""
-        if self._control is not None:
-            self._control.close()
+        if self.control is not None:
+            self.control.close()
         self.members.close()
-
-
-class Options:
-    """The command line, checked."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.name = check_name("volume", arguments.name)
-        self.replicas: tuple[str, ...] = tuple(arguments.replica)
-        self.nbd: tuple[str, ...] = tuple(arguments.nbd or ())
-        self.state: str = arguments.state or f"{self.name}.db"
-        self.volume_uuid: str = arguments.volume_uuid
-        self.key = process.read_key(arguments.key_file)
-        self.control: str | None = arguments.control
-        self.block_size: int = arguments.block_size
-        self.pid_file: str | None = arguments.pid_file
-        self.consumer_alive: bool = arguments.consumer_alive
-        self.min_in_sync: int = arguments.min_in_sync
-        self.answer_seconds_max: float = arguments.answer_timeout
-        self.rebuild_bytes_per_second: float | None = None
-        if arguments.rebuild_bandwidth is not None:
-            self.rebuild_bytes_per_second = parse_rate(arguments.rebuild_bandwidth)
-        check_min_in_sync(self.min_in_sync)
-        if not self.answer_seconds_max > 0:
-            raise RequestError(f"--answer-timeout {self.answer_seconds_max} is not above 0 seconds")
-        if len(set(self.replicas)) < len(self.replicas):
-            raise RequestError("a replica is named twice; every copy needs an address of its own")
-        if not self.nbd and not self.control:
-            raise RequestError("nobody could reach the volume; give --nbd or --control")
-        if self.volume_uuid:
-            try:
-                uuid.UUID(self.volume_uuid)
-            except ValueError:
-                raise RequestError(f"--volume-uuid {self.volume_uuid!r} is no UUID") from None
-        directory = os.path.dirname(os.path.abspath(self.state))
-        if not os.path.isdir(directory):
-            raise NotFoundError(f"directory {directory} of the state file does not exist")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments of `blockd daemon volume`."""
-    parse = argparse.ArgumentParser(
-        prog="blockd daemon volume",
-        description="Own a volume: serve it over NBD and drive its replicas.",
-        epilog="example: blockd daemon volume data --replica 127.0.0.1:9601 "
-        "--replica 127.0.0.1:9602 --nbd unix:/tmp/data.sock --state /var/lib/data.db",
-    )
-    parse.add_argument("name", metavar="NAME", help="name of the volume, also its export name")
-    parse.add_argument(
-        "--replica",
-        action="append",
-        required=True,
-        metavar="ADDRESS",
-        help="a replica (repeat): unix:PATH or HOST:PORT of its daemon, or dir:PATH here",
-    )
-    parse.add_argument(
-        "--nbd", action="append", metavar="ADDRESS", help="listen for NBD clients (repeat)"
-    )
-    parse.add_argument("--state", metavar="FILE", help="SQLite file of member states (NAME.db)")
-    parse.add_argument("--volume-uuid", default="", help="the volume in that file, or of a new one")
-    parse.add_argument("--key-file", help="secret shared with the replica daemons")
-    parse.add_argument("--control", metavar="unix:PATH", help="control socket")
-    parse.add_argument("--block-size", type=int, choices=(512, 4096), default=4096)
-    parse.add_argument("--pid-file", help="write the process id here")
-    parse.add_argument(
-        "--consumer-alive",
-        action="store_true",
-        help="the volume's user still runs: open nothing that may have lost unflushed writes",
-    )
-    parse.add_argument(
-        "--min-in-sync",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of a new volume: answer writes only while N replicas are in sync (1)",
-    )
-    parse.add_argument(
-        "--answer-timeout",
-        type=float,
-        default=ANSWER_SECONDS_MAX,
-        metavar="SECONDS",
-        help="put a replica out that takes longer while others do not (2)",
-    )
-    parse.add_argument(
-        "--rebuild-bandwidth",
-        metavar="RATE",
-        help="copy at most so much per second to a replica; example: 50M",
-    )
-    return parse
-
-
-def main(arguments: list[str]) -> int:
-    """Open the volume and serve it until told to stop."""
-    parsed = parser().parse_args(arguments)
-
-    def serve() -> int:
-        options = Options(parsed)
-        authority = SqliteAuthority(options.state)
-        loop = Loop()
-        wanted = opening.Wanted(
-            options.name,
-            options.volume_uuid,
-            options.replicas,
-            options.key,
-            loop,
-            options.consumer_alive,
-            options.min_in_sync,
-        )
-        opened = opening.open_volume(authority, wanted, process.log)
-        if opened.record.volume_name != options.name:
-            raise StateError(
-                f"volume {options.volume_uuid} is named {opened.record.volume_name}, not "
-                f"{options.name}"
-            )
-        daemon = VolumeDaemon(loop, authority, opened, options)
-        process.on_signals(loop, daemon.stop)
-
-        def serving(error: BlockdError | None) -> None:
-            if error is not None:
-                process.log(str(error))
-                daemon.exit_code = error.exit_code
-                loop.stop()
-                return
-            daemon.serve()
-            process.write_pid_file(options.pid_file)
-            where = ", ".join(server.address for server in daemon.servers) or "no NBD address"
-            print(f"ready volume {options.name} on {where}", flush=True)
-
-        daemon.catch_up(opened.choice, serving)
-        loop.run()
-        daemon.close()
-        return daemon.exit_code
-
-    return process.run(serve)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from blockd.daemons.diff import Diff
+from blockd.daemons.handover import HandOver
 from blockd.daemons.usage import UsageCount
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
@@ -45,6 +46,7 @@ class VolumeCommands:
             "member-address": self._member_address,
             "rebuild": self._rebuild,
             "configure": self._configure,
+            "hand-over": self._hand_over,
             "verify": self._verify,
         }
         return {name: self._sending(command) for name, command in commands.items()}
@@ -126,6 +128,10 @@ class VolumeCommands:
         members = self._engine.record.members.values()
         connected = len(self._engine.readers)
         return "healthy" if connected == len(members) else "degraded"
+
+    def _hand_over(self, request: dict[str, Any], answer: Answer) -> None:
+        """Give the open volume to a successor; answered only if that comes to nothing."""
+        HandOver(self._daemon, request, answer)
 
     def _stop(self, request: dict[str, Any], answer: Answer) -> None:
         answer({})

@@ -117,6 +117,14 @@ class RequestParser:
             return HEADER_BYTES
         return HEADER_BYTES + int(length)
 
+    def skipping(self) -> tuple[int, Request | None]:
+        """How much of which oversized WRITE is still to skip; `skip` goes on from there."""
+        return self.draining_bytes, self._drained
+
+    def skip(self, draining_bytes: int, request: Request | None) -> None:
+        """Go on where another parser of the same connection stopped."""
+        self.draining_bytes, self._drained = draining_bytes, request
+
     def _begin_drain(self, request: Request) -> None:
         length = request[4]
         if length > c.DRAIN_BYTES_MAX:
@@ -136,6 +144,14 @@ class RequestParser:
             requests.append(self._drained)
             self._drained = None
         return start + skipped
+
+
+def pack(request: Request) -> bytes:
+    """The bytes `request` came as; not for a WRITE whose payload was skipped."""
+    command, flags, cookie, offset, length, payload = request
+    assert command != c.CMD_WRITE or payload is not None
+    header = _HEADER.pack(c.REQUEST_MAGIC, flags, command, cookie, offset, length)
+    return header if payload is None else header + payload
 
 
 def _bad_magic(magic: int, end: int, requests: list[Request]) -> int:

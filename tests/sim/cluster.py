@@ -160,7 +160,13 @@ class VolumeProcess:
         )
         try:
             opened = opening.open_volume(cluster.authority, wanted, self.log)
-            self.daemon = VolumeDaemon(self.loop, cluster.authority, opened, OPTIONS)  # type: ignore[arg-type]
+            self.daemon = VolumeDaemon(
+                self.loop,  # type: ignore[arg-type]
+                cluster.authority,
+                opened.record,
+                opened.sessions,
+                OPTIONS,  # type: ignore[arg-type]
+            )
             self.daemon.catch_up(opened.choice, self._caught_up)
         except BlockdError as error:
             self._failed(error)

@@ -1,0 +1,151 @@
+"""The successor's side of a hand-over; handover.py has the steps and what a death means."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+from typing import Any
+
+from blockd.daemons import addresses, handover
+from blockd.daemons.handshake import GivenSession
+from blockd.daemons.members import Introduced
+from blockd.daemons.nbd_server import NbdConnection, Parting
+from blockd.daemons.opening import take_up
+from blockd.daemons.options import Options
+from blockd.daemons.volume import VolumeDaemon
+from blockd.loop import Loop
+from protocol.errors import ConflictError, PeerError, StateError, from_code
+from replication.authority import Authority, Record
+
+ASKED_SECONDS_MAX = 60.0  # a snapshot or a flush of the old daemon may come first
+STEP_SECONDS_MAX = 10.0
+LINE_BYTES_MAX = 1 << 20
+
+
+def take_over(loop: Loop, authority: Authority, options: Options) -> VolumeDaemon:
+    """Ask the volume daemon at the control socket for everything; serves when this returns."""
+    assert options.control is not None
+    path = options.control.removeprefix("unix:") + ".new"
+    mask = os.umask(0o177)
+    try:
+        listener, _ = addresses.listen(f"unix:{path}")
+    finally:
+        os.umask(mask)
+    try:
+        channel = _ask(options.control, path, listener)
+    finally:
+        listener.close()
+        addresses.remove(path)
+    with channel:
+        channel.settimeout(STEP_SECONDS_MAX)
+        try:
+            state, descriptors, rest = handover.receive(channel)
+            daemon = _build(loop, authority, options, state, descriptors, rest)
+            channel.sendall(handover.TAKEN)
+            said = channel.recv(len(handover.GO))
+        except OSError as error:
+            raise PeerError(f"the old volume daemon did not hand over: {error}") from None
+        if said != handover.GO:
+            daemon.members.close()  # replicas in this process: the old one takes them up again
+            raise StateError("the old volume daemon did not hand over and goes on by itself")
+    for connection in tuple(daemon.connections):
+        connection.go_on_again()
+    daemon.send_everything()
+    return daemon
+
+
+def _ask(control: str, path: str, listener: socket.socket) -> socket.socket:
+    """The connection of the old daemon; its refusal as the error it names."""
+    with addresses.connect(control, STEP_SECONDS_MAX) as asked:
+        request = {"command": "hand-over", "formats": [handover.FORMAT], "to": f"unix:{path}"}
+        asked.sendall(json.dumps(request).encode() + b"\n")
+        ready = select.select([listener, asked], [], [], ASKED_SECONDS_MAX)[0]
+        if listener in ready:
+            return listener.accept()[0]
+        if not ready:
+            raise PeerError(
+                f"the volume daemon at {control} did not begin to hand over within "
+                f"{ASKED_SECONDS_MAX:g} s"
+            )
+        line = b""
+        while not line.endswith(b"\n") and len(line) < LINE_BYTES_MAX:
+            data = asked.recv(65536)
+            if not data:
+                raise PeerError(f"the volume daemon at {control} ended before it handed over")
+            line += data
+    answer = json.loads(line)
+    raise from_code(str(answer.get("code")), str(answer.get("message")))
+
+
+def _build(
+    loop: Loop,
+    authority: Authority,
+    options: Options,
+    state: dict[str, Any],
+    descriptors: list[int],
+    rest: memoryview,
+) -> VolumeDaemon:
+    """The whole volume daemon from what the old one gave; it begins no request yet."""
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    sockets = iter([socket.socket(fileno=descriptor) for descriptor in descriptors])
+    record = _record(authority, options, state)
+    sessions: dict[str, Introduced] = {}
+    for member in state["members"]:
+        address = str(member["address"])
+        if "hello" in member:
+            session = GivenSession(address, member["hello"], next(sockets))
+            sessions[member["replica_uuid"]] = session
+    for member in state["members"]:
+        address = str(member["address"])
+        if "hello" not in member:
+            sessions[member["replica_uuid"]] = take_up(loop, address, record)
+    daemon = VolumeDaemon(loop, authority, record, sessions, options, int(state["sequence"]))
+    daemon.ledger.count = int(state["changes"])
+    for name in handover.COUNTERS:
+        setattr(daemon.engine, name, int(state["counters"][name]))
+    for member in state["members"]:
+        link = daemon.engine.links[member["replica_uuid"]]
+        link.errors, link.repaired_blocks = int(member["errors"]), int(member["repaired"])
+    daemon.serve({address: next(sockets) for address in state["listening"]})
+    position = 0
+    for facts in state["clients"]:
+        unread = bytes(rest[position : position + facts["unread"]])
+        position += len(unread)
+        unsent = bytes(rest[position : position + facts["unsent"]])
+        position += len(unsent)
+        drained = facts["drained"]
+        parting = Parting(
+            export=str(facts["export"]),
+            size_bytes=int(facts["size_bytes"]),
+            structured=bool(facts["structured"]),
+            contexts=tuple((int(number), str(name)) for number, name in facts["contexts"]),
+            draining_bytes=int(facts["draining_bytes"]),
+            drained=tuple(drained) if drained is not None else None,
+            unread=unread,
+            unsent=unsent,
+        )
+        sock = next(sockets)
+        sock.setblocking(False)
+        connection = NbdConnection(daemon, sock)
+        daemon.connections.append(connection)
+        connection.resume_from(parting)
+    return daemon
+
+
+def _record(authority: Authority, options: Options, state: dict[str, Any]) -> Record:
+    """The record the old daemon has; nobody may have changed it meanwhile."""
+    record = authority.load(str(state["volume_uuid"]))
+    if record is None or record.volume_name != options.name:
+        raise ConflictError(
+            f"{options.control} belongs to volume {state['volume_uuid']}, which is not "
+            f"{options.name} in {options.state}"
+        )
+    if record.epoch != state["epoch"] or record.version != state["version"]:
+        raise ConflictError(
+            f"volume {options.name} was changed by somebody else (epoch {record.epoch}, version "
+            f"{record.version}; handed over are {state['epoch']} and {state['version']})"
+        )
+    return record
