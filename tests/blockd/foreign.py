@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,16 +31,35 @@ def tool(*command: str, expect: int = 0) -> str:
     return done.stdout
 
 
-def libnbd(script: str, *arguments: str) -> str:
-    """Run a script with libnbd's Python module, which belongs to the system's Python."""
-    python = "/usr/bin/python3"
+PYTHON = "/usr/bin/python3"  # libnbd's module belongs to it
+
+
+def _need_libnbd() -> None:
     if (
-        not Path(python).exists()
-        or subprocess.run([python, "-c", "import nbd"], capture_output=True).returncode
+        not Path(PYTHON).exists()
+        or subprocess.run([PYTHON, "-c", "import nbd"], capture_output=True).returncode
     ):
         pytest.skip("libnbd's Python module is missing (Debian package python3-libnbd)")
+
+
+@contextmanager
+def libnbd_process(script: str) -> Iterator[subprocess.Popen[str]]:
+    """A script with libnbd's Python module that talks to the test; it must end well."""
+    _need_libnbd()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([PYTHON, "-c", script], stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+            assert process.wait(COMMAND_SECONDS_MAX) == 0
+        finally:
+            process.kill()
+
+
+def libnbd(script: str, *arguments: str) -> str:
+    """Run a script with libnbd's Python module."""
+    _need_libnbd()
     done = subprocess.run(
-        [python, "-c", script, *arguments],
+        [PYTHON, "-c", script, *arguments],
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS_MAX,
