@@ -126,6 +126,11 @@ class Client:
         """Make a volume larger."""
         return self._volume_post(name, "resize", {"size_bytes": size_bytes}, wait)
 
+    def upgrade(self, name: str, program: str | None, *, wait: float = WAIT_SECONDS) -> Json:
+        """Replace the daemons of a volume while it is in use."""
+        body = {} if program is None else {"program": program}
+        return self._volume_post(name, "upgrade", body, wait)
+
     def attach(self, name: str, frontend: str, *, wait: float = WAIT_SECONDS) -> Json:
         """Attach a volume through a front end."""
         return self._volume_post(name, "attach", {"frontend": frontend}, wait)

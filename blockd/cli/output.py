@@ -158,6 +158,7 @@ def volume_details(volume: Json) -> None:
         "mounted at": mount_text(volume),
         "epoch": volume.get("epoch"),
         "daemon pid": volume.get("pid"),
+        "daemon version": volume.get("version"),
         "created": volume.get("created"),
         "labels": labels_text(volume.get("labels")),
         "uid": volume.get("uid"),

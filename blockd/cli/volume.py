@@ -28,6 +28,7 @@ from blockd.cli.common import (
     waiting,
     warn_unhealthy,
 )
+from blockd.cli.upgrade import upgrade
 from blockd.client import Client, Json
 from protocol.errors import DeadlineError, StateError, StorageError
 from protocol.units import REPLICAS_MAX, check_name, parse_rate, parse_size
@@ -71,6 +72,7 @@ def volume() -> None:
 volume.add_command(images.import_image)
 volume.add_command(images.export)
 volume.add_command(clone)
+volume.add_command(upgrade)
 
 
 @volume.command(

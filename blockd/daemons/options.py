@@ -25,6 +25,7 @@ class Options:
         self.control: str | None = arguments.control
         self.block_size: int = arguments.block_size
         self.pid_file: str | None = arguments.pid_file
+        self.label: str = arguments.label
         self.take_over: bool = arguments.take_over
         self.consumer_alive: bool = arguments.consumer_alive
         self.min_in_sync: int = arguments.min_in_sync
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--key-file", help="secret shared with the replica daemons")
     parse.add_argument("--control", metavar="unix:PATH", help="control socket")
     parse.add_argument("--block-size", type=int, choices=(512, 4096), default=4096)
+    parse.add_argument("--label", default="", help="shown in the status")
     parse.add_argument("--pid-file", help="write the process id here")
     parse.add_argument(
         "--consumer-alive",

@@ -51,13 +51,15 @@ def rss_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def common_status(started: str) -> dict[str, Any]:
+def common_status(started: str, label: str) -> dict[str, Any]:
     """What every daemon reports of its process."""
     from blockd import __version__
 
     return {
         "pid": os.getpid(),
         "version": __version__,
+        "program": sys.executable,
+        "label": label,
         "started": started,
         "rss_bytes": rss_bytes(),
     }

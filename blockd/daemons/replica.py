@@ -30,11 +30,14 @@ PROOF_SECONDS_MAX = 10.0  # for showing the key; below what an opening owner wai
 class ReplicaDaemon:
     """One open replica and its sessions."""
 
-    def __init__(self, loop: Loop, replica: Replica, listen: str, key: bytes) -> None:
+    def __init__(
+        self, loop: Loop, replica: Replica, listen: str, key: bytes, label: str = ""
+    ) -> None:
         self.loop = loop
         self.service = ReplicaService(loop, replica)
         self.key = key
         self._started = process.timestamp()
+        self._label = label
         self._sessions: dict[ReplicaSession, None] = {}  # oldest first
         self._control: ControlServer | None = None
         self._socket, self.address = loop.listen(listen)
@@ -82,7 +85,7 @@ class ReplicaDaemon:
             service.worked()  # it may have stopped for want of space, and nobody may use it
         answer(
             {
-                **process.common_status(self._started),
+                **process.common_status(self._started, self._label),
                 "volume_uuid": metadata.volume_uuid,
                 "volume_name": metadata.volume_name,
                 "replica_uuid": metadata.replica_uuid,
@@ -139,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--volume-name", default="", help="its name, for people")
     parse.add_argument("--key-file", help="secret shared with the volume daemon")
     parse.add_argument("--control", metavar="unix:PATH", help="control socket (status, stop)")
+    parse.add_argument("--label", default="", help="shown in the status")
     parse.add_argument("--pid-file", help="write the process id here")
     return parse
 
@@ -197,7 +201,7 @@ def main(arguments: list[str]) -> int:
             raise
         loop = Loop()
         try:
-            daemon = ReplicaDaemon(loop, replica, options.listen, key)
+            daemon = ReplicaDaemon(loop, replica, options.listen, key, options.label)
         except BlockdError:
             replica.close()
             raise

@@ -65,7 +65,7 @@ class VolumeCommands:
         record = engine.record
         answer(
             {
-                **process.common_status(daemon.started),
+                **process.common_status(daemon.started, daemon.options.label),
                 "volume_uuid": record.volume_uuid,
                 "volume_name": record.volume_name,
                 "size_bytes": record.size_bytes,

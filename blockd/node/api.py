@@ -39,6 +39,7 @@ from blockd.node.api_types import (
     RevertBody,
     SnapshotBody,
     StatusView,
+    UpgradeBody,
     VersionView,
     VolumeBody,
     VolumeChangeBody,
@@ -143,6 +144,17 @@ def volume_resize(
 ) -> VolumeView:
     """Make a volume larger."""
     return operations.resize(name, data.size_bytes, wait)
+
+
+@post("/v1/volumes/{name:str}/upgrade", status_code=200, sync_to_thread=True)
+def volume_upgrade(
+    operations: Ops,
+    name: FromPath[str],
+    data: JSONBody[UpgradeBody | None] = None,
+    wait: Wait = WAIT_SECONDS,
+) -> VolumeView:
+    """Replace the daemons of a volume while it is in use."""
+    return operations.upgrade(name, (data or UpgradeBody()).program, wait)
 
 
 @delete("/v1/volumes/{name:str}", status_code=200, sync_to_thread=True)
@@ -366,6 +378,7 @@ HANDLERS = [
     volume_show,
     volume_change,
     volume_resize,
+    volume_upgrade,
     volume_usage,
     volume_delete,
     volume_attach,

@@ -84,6 +84,12 @@ class RebuildBody(msgspec.Struct, forbid_unknown_fields=True):
     replica: str | None = None
 
 
+class UpgradeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """`program`: the Python of another installation of blockd; else the node service's own."""
+
+    program: str | None = None
+
+
 class EmptyBody(msgspec.Struct, forbid_unknown_fields=True):
     """Nothing to say."""
 

@@ -31,6 +31,16 @@ def check_range(what: str, value: float, least: float, most: float) -> None:
         raise RequestError(f"{what} {value:g} is outside {least:g} to {most:g}")
 
 
+def check_program(path: str) -> str:
+    """The Python of an installation."""
+    if not path.startswith("/") or not os.access(path, os.X_OK) or os.path.isdir(path):
+        raise RequestError(
+            f"program {path!r} is not an executable file with an absolute path; name the Python "
+            "of an installation of blockd, such as /opt/blockd/bin/python"
+        )
+    return path
+
+
 def check_path(path: str) -> str:
     """A mount point, normalised."""
     if not path.startswith("/") or "\0" in path or len(os.fsencode(path)) > MOUNT_PATH_BYTES_MAX:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 
 from blockd.frontends.base import Target
@@ -82,7 +83,7 @@ class Context:
         pid_file = files / f"r-{short}.pid"
         arguments = ["replica", replica.spec.path, "--listen", f"unix:{sockets}/r-{short}.sock"]
         arguments += ["--control", f"unix:{control}", "--pid-file", str(pid_file)]
-        arguments += ["--key-file", str(self.home.key_path(name))]
+        arguments += ["--key-file", str(self.home.key_path(name)), *_label(volume)]
         if not replica.status.provisioned:
             arguments += ["--create", "--size", str(volume.spec.size_bytes)]
             arguments += ["--replica-uuid", replica.metadata.name]
@@ -95,6 +96,7 @@ class Context:
             log=files / f"r-{short}.log",
             pid_file=pid_file,
             identity=("replica_uuid", replica.metadata.name),
+            program=_program(volume),
         )
 
     def volume_daemon(self, volume: Volume, addresses: list[str]) -> DaemonSpec:
@@ -109,7 +111,7 @@ class Context:
         arguments += ["--nbd", f"unix:{sockets}/nbd.sock", "--control", f"unix:{control}"]
         arguments += ["--key-file", str(self.home.key_path(name))]
         arguments += ["--block-size", str(volume.spec.block_size)]
-        arguments += ["--pid-file", str(files / "volume.pid")]
+        arguments += ["--pid-file", str(files / "volume.pid"), *_label(volume)]
         return DaemonSpec(
             key=f"volume daemon of {name}",
             volume=name,
@@ -118,6 +120,7 @@ class Context:
             log=files / "volume.log",
             pid_file=files / "volume.pid",
             identity=("volume_uuid", uid),
+            program=_program(volume),
         )
 
     def target(self, volume: Volume, epoch: int, snapshot: str = "") -> Target:
@@ -133,6 +136,21 @@ class Context:
             daemon=str(epoch),
             read_only=bool(snapshot),
         )
+
+
+def _label(volume: Volume) -> tuple[str, ...]:
+    """Daemons carry the id of the newest upgrade: who has another one has to be upgraded."""
+    upgrade = volume.spec.upgrade
+    return ("--label", upgrade.id) if upgrade is not None else ()
+
+
+def _program(volume: Volume) -> str:
+    """The Python that runs the daemons of a volume."""
+    upgrade, status = volume.spec.upgrade, volume.status
+    if upgrade is None:
+        return sys.executable
+    failed = status.upgrade_id == upgrade.id and status.upgrade_problem is not None
+    return (status.program if failed else upgrade.program) or sys.executable
 
 
 def replica_address(spec: DaemonSpec) -> str:

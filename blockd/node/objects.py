@@ -77,6 +77,14 @@ class Revert(msgspec.Struct):
     force: bool = False
 
 
+class Upgrade(msgspec.Struct):
+    """One request to run the daemons of a volume with `program`, the Python of an installation of
+    blockd; null is the node service's own."""
+
+    id: str
+    program: str | None = None
+
+
 class Source(msgspec.Struct):
     """The snapshot a volume is cloned from, and the size of that volume then.
 
@@ -107,6 +115,7 @@ class VolumeSpec(msgspec.Struct):
     rebuild_bandwidth: int | None = None
     min_in_sync: int = 1
     revert: Revert | None = None
+    upgrade: Upgrade | None = None
     source: Source | None = None
 
 
@@ -114,6 +123,7 @@ class VolumeStatus(msgspec.Struct):
     """What a volume is.
 
     `cloned`: the replicas of a clone are made, it is established next.
+    `program` is that of the last upgrade that went well.
     `mount` is the path this service mounted, until it unmounts it; `short_since` is when it began
     to have fewer replicas than wanted.
     """
@@ -134,6 +144,9 @@ class VolumeStatus(msgspec.Struct):
     short_since: str | None = None
     revert_id: str | None = None
     revert_problem: Problem | None = None
+    upgrade_id: str | None = None
+    upgrade_problem: Problem | None = None
+    program: str | None = None
     observed_generation: int = 0
     problem: Problem | None = None
 

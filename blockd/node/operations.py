@@ -12,18 +12,25 @@ import time
 from typing import Any
 
 from blockd.node import control, mounts
-from blockd.node.checks import check_path, check_range, check_settings
+from blockd.node.checks import check_path, check_program, check_range, check_settings
 from blockd.node.context import VOLUME_FINALIZER
 from blockd.node.objects import (
     BLOCK_SIZES,
     Metadata,
     Mount,
     Replica,
+    Upgrade,
     Volume,
     VolumeSpec,
     new_uid,
 )
-from blockd.node.operations_common import POLL_SECONDS, check_attaching, late, refuse_if_final
+from blockd.node.operations_common import (
+    POLL_SECONDS,
+    check_attaching,
+    late,
+    refuse,
+    refuse_if_final,
+)
 from blockd.node.reconcile_devices import no_device_text
 from blockd.node.snapshot_operations import SnapshotOperations, attached_error
 from blockd.node.store import find, modify
@@ -282,6 +289,23 @@ class Operations(SnapshotOperations):
             return all(i is None or i.status.rebuild_id == request for i in items)
 
         self._await(item, started, wait_seconds, "rebuilding")
+        return self.volume(volume)
+
+    def upgrade(self, volume: str, program: str | None, wait_seconds: float) -> VolumeView:
+        """Run the daemons of a volume with another program, or anew, while it is in use."""
+        self._volume(volume)
+        if program is not None:
+            check_program(program)
+        request = Upgrade(new_uid(), program)
+        wanted = modify(self._store, Volume, volume, lambda v: setattr(v.spec, "upgrade", request))
+
+        def done(item: Volume) -> bool:
+            if item.status.upgrade_id != request.id:
+                return False
+            refuse(item.status.upgrade_problem)
+            return True
+
+        self._await(wanted, done, wait_seconds, "upgraded")
         return self.volume(volume)
 
     def verify(self, volume: str) -> VolumeView:

@@ -9,7 +9,8 @@ The order within a pass, and why:
 4. snapshots, clones of this volume, then a revert: with the device down meanwhile
 5. members: added, removed, rebuilt
 6. devices of snapshots; device, then mount
-7. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
+7. a step of an upgrade
+8. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
    was the detach)
 
 A volume daemon that was fenced by another owner is not started again: the user decides, by
@@ -32,6 +33,8 @@ from blockd.node.reconcile_members import MemberReconciler
 from blockd.node.reconcile_replicas import ReplicaReconciler, remove_tree
 from blockd.node.reconcile_snapshot_devices import SnapshotDeviceReconciler
 from blockd.node.reconcile_snapshots import SnapshotReconciler, mounted_error
+from blockd.node.reconcile_upgrades import UpgradeReconciler
+from blockd.node.reconcile_upgrades import waits as waits_for_upgrade
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import DaemonSpec
 from protocol.errors import BlockdError, ConflictError, PeerError, StateError
@@ -41,6 +44,7 @@ CHECK_SECONDS = 3.0  # how often a healthy attached volume is looked at without 
 CHECK_UNHEALTHY_SECONDS = 1.0
 CHECK_DETACHED_SECONDS = 30.0
 CLONE_WAIT_SECONDS = 0.1  # between looks whether the pass over the source has made the replicas
+UPGRADE_SECONDS = 0.1  # between its steps: a member that was stopped is started at once
 LINGER_SECONDS = 3.0  # a row of snapshots of a detached volume starts the volume daemon once
 
 
@@ -55,6 +59,7 @@ class VolumeReconciler:
         self.clones = CloneReconciler(context)
         self.devices = DeviceReconciler(context)
         self.snapshot_devices = SnapshotDeviceReconciler(context)
+        self.upgrades = UpgradeReconciler(context)
         self._idle_since: dict[str, float] = {}
         self._waiting_to_grow: dict[str, str] = {}  # why a larger size has to wait
 
@@ -109,6 +114,7 @@ class VolumeReconciler:
             self.snapshot_devices.bring_up(volume)
             if volume.spec.attached:
                 volume = self.devices.bring_up(volume, volume.status.epoch)
+            volume = self.upgrades.reconcile(volume, replicas, spec)
             if record.size_bytes < volume.spec.size_bytes:
                 return min(self._grow(volume, spec), self._settle(volume, spec, was_attached))
         else:
@@ -117,6 +123,7 @@ class VolumeReconciler:
             self.snapshot_devices.settle_down(volume)
             daemon = spec if context.supervisor.pid(spec) is not None else None
             self.members.align(volume, record, replicas, daemon)
+            volume = self.upgrades.reconcile(volume, replicas, spec)
         return self._settle(volume, spec, was_attached)
 
     def _needed(self, volume: Volume, record: Record, replicas: list[Replica]) -> bool:
@@ -231,6 +238,9 @@ class VolumeReconciler:
             else:
                 changes["health"] = daemon_health(volume, answer)
                 changes["message"] = waiting_for(answer) or message
+        if waits_for_upgrade(volume):
+            self._note(volume, **changes)
+            return UPGRADE_SECONDS
         if needed:
             self._idle_since.pop(name, None)
             self._note(volume, **changes)

@@ -38,6 +38,7 @@ from protocol.errors import (
 START_SECONDS = 30.0  # opening after a crash reads the dirty zones first
 STOP_SECONDS = 30.0  # a clean stop flushes what the page cache holds
 TERMINATE_SECONDS = 10.0
+REPLACE_SECONDS = 90.0  # a successor gives up before that
 HUNG_SECONDS = 2.0  # a loop that serves answers within milliseconds
 POLL_SECONDS = 0.02  # between looks at a daemon that starts; it takes about 0.2 s
 QUICK_END_SECONDS = 10.0  # a daemon that ends sooner than this counts as failing to start
@@ -56,7 +57,8 @@ _EXIT_FAMILIES: dict[int, type[BlockdError]] = {
 class DaemonSpec:
     """One daemon: how to start it and how to know it again.
 
-    `arguments` follow `blockd daemon`; `identity` is a field of its status and its value.
+    `arguments` follow `blockd daemon`; `identity` is a field of its status and its value; `program`
+    is the Python of the installation to run.
     """
 
     key: str
@@ -66,6 +68,7 @@ class DaemonSpec:
     log: Path
     pid_file: Path
     identity: tuple[str, str]
+    program: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class _Process:
     pidfd: int
     child: subprocess.Popen[bytes] | None
     started: float
+    replaced: bool = False  # its successor has taken over, or is about to
     answered: bool = False  # it has started: silence from now on means that it hangs
     gone: threading.Event = field(default_factory=threading.Event)
 
@@ -165,6 +169,33 @@ class Supervisor:
         self.launch(spec)
         return self.ready(spec)
 
+    def replace(self, spec: DaemonSpec) -> Answer:
+        """Have a successor take over from a running volume daemon; its status.
+
+        On an error, the successor's own, the old one goes on.
+        """
+        old = self._process(spec) or self._adopt(spec)
+        assert old is not None, "a daemon that runs is replaced"
+        begin = _size(spec.log)
+        child = self._spawn(spec, "--take-over")
+        deadline = time.monotonic() + REPLACE_SECONDS
+        old.replaced = True  # its end is no failure
+        while child.poll() is None:
+            with contextlib.suppress(PeerError):
+                answer = control.status(spec.control, HUNG_SECONDS)
+                if answer.get("pid") == child.pid:
+                    process = self._track(spec, child.pid, child)
+                    assert process is not None, "not collected yet"
+                    process.answered = True
+                    return answer
+            if time.monotonic() > deadline:
+                child.kill()
+            time.sleep(POLL_SECONDS)
+        old.replaced = False
+        words = _said_since(spec.log, begin) or f"it ended with code {child.returncode}"
+        family = _EXIT_FAMILIES.get(child.returncode, StateError)
+        raise family(f"the successor of the {spec.key} did not take over: {words}")
+
     def stop(self, spec: DaemonSpec) -> None:
         """Stop the daemon cleanly, harder if it does not listen; fine if it does not run."""
         process = self._process(spec) or self._adopt(spec)
@@ -206,22 +237,31 @@ class Supervisor:
 
     def _start(self, spec: DaemonSpec) -> None:
         _rotate(spec.log)
+        child = self._spawn(spec)
+        # The daemon does the same once it serves; until then a new node service finds it by this.
+        spec.pid_file.write_text(f"{child.pid}\n")
+        self._ended.pop(spec.key, None)
+        self._track(spec, child.pid, child)
+
+    @staticmethod
+    def _spawn(spec: DaemonSpec, *more: str) -> subprocess.Popen[bytes]:
         fd = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "blockd", "daemon", *spec.arguments],
+            return subprocess.Popen(
+                [spec.program, "-m", "blockd", "daemon", *spec.arguments, *more],
                 stdin=subprocess.DEVNULL,
                 stdout=fd,
                 stderr=fd,
                 start_new_session=True,
                 cwd="/",
             )
+        except OSError as error:
+            raise NotFoundError(
+                f"{spec.program} cannot be run for the {spec.key}: {error.strerror}; name the "
+                "Python of an installation of blockd"
+            ) from None
         finally:
             os.close(fd)
-        # The daemon does the same once it serves; until then a new node service finds it by this.
-        spec.pid_file.write_text(f"{child.pid}\n")
-        self._ended.pop(spec.key, None)
-        self._track(spec, child.pid, child)
 
     def _track(
         self, spec: DaemonSpec, pid: int, child: subprocess.Popen[bytes] | None
@@ -253,6 +293,10 @@ class Supervisor:
     def _note_end(self, process: _Process) -> None:
         spec = process.spec
         code = process.child.wait() if process.child is not None else None
+        if process.replaced:
+            process.gone.set()
+            os.close(process.pidfd)
+            return
         self._ended[spec.key] = Ended(code, _last_words(spec.log, code))
         count, _ = self._failures.get(spec.key, (0, 0.0))
         now = time.monotonic()
@@ -278,6 +322,21 @@ def _pid_from_file(spec: DaemonSpec) -> int | None:
     except (OSError, ValueError):
         return None
     return pid if os.fsencode(f"unix:{spec.control}") in words else None
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def _said_since(log: Path, begin: int) -> str:
+    """The last error line that a daemon added to the log."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix(_ERROR_PREFIX) for line in lines if line.startswith(_ERROR_PREFIX)]
+    return said[-1] if said else ""
 
 
 def _rotate(log: Path) -> None:

@@ -106,7 +106,7 @@ class DiffView(msgspec.Struct):
 
 class VolumeView(msgspec.Struct):
     """One volume. `source` is the snapshot it was cloned from, `unsharing_bytes` what a full clone
-    has still to copy."""
+    has still to copy. `version` and `program` are those of the volume daemon that runs."""
 
     name: str
     uid: str
@@ -134,6 +134,8 @@ class VolumeView(msgspec.Struct):
     snapshots: list[SnapshotView]
     head_parent: int
     verify: VerifyView | None
+    version: str | None
+    program: str | None
 
 
 def volume_view(context: Context, volume: Volume) -> VolumeView:
@@ -177,6 +179,8 @@ def volume_view(context: Context, volume: Volume) -> VolumeView:
         snapshots=snapshot_views(context, name, record),
         head_parent=_named_ancestor(record, record.head_parent) if record else 0,
         verify=msgspec.convert((answer or {}).get("verify"), VerifyView | None),
+        version=str(answer["version"]) if answer else None,
+        program=str(answer["program"]) if answer else None,
     )
 
 
