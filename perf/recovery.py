@@ -62,10 +62,19 @@ class Volume:
     def start_volume(self) -> None:
         """The volume daemon."""
         self.nbd.unlink(missing_ok=True)
+        self._start("volume", self._volume_words())
+
+    def replace(self) -> None:
+        """A successor takes over from the volume daemon."""
+        old = self.processes["volume"]
+        self._start("volume", [*self._volume_words(), "--take-over"])
+        old.wait(START_SECONDS)
+
+    def _volume_words(self) -> list[str]:
         named = [word for n in range(self.count) for word in ("--replica", self._address(n))]
         words = ["volume", "v", *named, "--nbd", f"unix:{self.nbd}"]
         words += ["--state", str(self.directory / "state.db")]
-        self._start("volume", [*words, "--control", f"unix:{self.directory}/control"])
+        return [*words, "--control", f"unix:{self.directory}/control"]
 
     def _address(self, number: int) -> str:
         return f"unix:{self.directory}/r{number}.sock"
