@@ -12,20 +12,23 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
 from blockd.daemons import opening, process
+from blockd.daemons.options import Options, parser
 from blockd.daemons.replica import ReplicaDaemon
-from blockd.daemons.volume import Options, VolumeDaemon, parser
+from blockd.daemons.volume import VolumeDaemon
 from protocol.errors import BlockdError
 from replication.authority import IN_SYNC, Record
 from snapshots import metadata
 from snapshots.replica import Replica
+from tests.sim import handover
 from tests.sim.authority import SimAuthority
 from tests.sim.disk import Disk, Disks
 from tests.sim.kernel import Host, Kernel, Process, Violation
 from tests.sim.loop import VirtualEvent, VirtualLoop
-from tests.sim.network import Network
+from tests.sim.network import Network, VirtualSocket
 
 VOLUME_UUID = "11111111-1111-1111-1111-111111111111"
 VOLUME_NAME = "vol"
@@ -129,7 +132,14 @@ class Member:
 class VolumeProcess:
     """One process of the volume daemon, from opening to its end."""
 
-    def __init__(self, cluster: Cluster, host: Host, consumer_alive: bool) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        host: Host,
+        consumer_alive: bool,
+        given: tuple[dict[str, Any], list[VirtualSocket]] | None = None,
+    ) -> None:
+        """`given`: what the volume daemon before this one hands over."""
         self.cluster = cluster
         self.consumer_alive = consumer_alive
         self.number = cluster.volumes_started
@@ -142,7 +152,13 @@ class VolumeProcess:
         self.loop = VirtualLoop(cluster.kernel, cluster.network, self.process)
         self.loop.on_stop = self._finish
         self.process.at_death.append(lambda: cluster.volume_ended(self))
-        self.process.spawn(self._main)
+        if given is None:
+            self.process.spawn(self._main)
+        else:
+            state, sockets = given
+            for sock in sockets:
+                sock.process = self.process  # what arrives meanwhile waits for it
+            cluster.kernel.at(0.0, self.process, lambda: self._take_over(state, sockets))
 
     def log(self, message: str) -> None:
         self.cluster.kernel.log(self.name, message)
@@ -171,6 +187,10 @@ class VolumeProcess:
         except BlockdError as error:
             self._failed(error)
 
+    def _take_over(self, state: dict[str, Any], sockets: list[VirtualSocket]) -> None:
+        self.daemon = handover.take_over(self, OPTIONS, state, sockets)
+        self._caught_up(None)
+
     def _failed(self, error: BlockdError) -> None:
         self.error = error
         self.log(f"does not serve: {error}")
@@ -192,6 +212,8 @@ class VolumeProcess:
 
     @property
     def usable(self) -> bool:
+        if self.daemon is not None and self.daemon.handing_over:
+            return False  # its clients are not read
         return self.serving and self.process.alive
 
 
@@ -292,6 +314,16 @@ class Cluster:
         """Start a volume daemon."""
         self.volumes_started += 1
         self.volumes.append(VolumeProcess(self, host or self.hosts[0], self.consumer_alive))
+
+    def hand_over(
+        self, old: VolumeProcess, state: dict[str, Any], sockets: list[VirtualSocket]
+    ) -> None:
+        """The successor of a volume daemon, which ends."""
+        self.volumes_started += 1
+        given = state, sockets
+        self.kernel.log("world", f"{old.name} hands over")
+        self.volumes.append(VolumeProcess(self, old.process.host, self.consumer_alive, given))
+        old.process.end()
 
     def volume_serves(self, volume: VolumeProcess) -> None:
         self._refusals = 0

@@ -8,10 +8,12 @@ a while. Nothing is done that no system survives: blocks are damaged on one memb
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tests.sim.client import Client
 from tests.sim.cluster import VOLUME_UUID, Cluster, Member, VolumeProcess
 from tests.sim.disk import flip_bit
+from tests.sim.handover import SimHandOver
 from tests.sim.kernel import Host, Process
 
 Link = tuple[str, str]
@@ -43,6 +45,7 @@ KINDS = (
     "long_absence",
     "replaced_disk",
     "stop_volume",
+    "hand_over",
     "vanish_volume",
     "authority_away",
     "authority_race",
@@ -337,6 +340,16 @@ class Faults:
         if volume is None or not volume.usable or volume.daemon is None:
             return False
         self.kernel.at(0.0, volume.process, volume.daemon.stop)
+        return True
+
+    def _hand_over(self) -> bool:
+        """The volume daemon is replaced while it is used; now and then the new one fails."""
+        volume = self._volume()
+        if volume is None or not volume.usable or volume.daemon is None:
+            return False
+        fails = self.random.random() < 0.2
+        begin = partial(SimHandOver, volume, self.client, fails)
+        self.kernel.at(0.0, volume.process, begin)
         return True
 
     # ---- the authority and owners -------------------------------------------------------------
