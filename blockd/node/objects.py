@@ -251,12 +251,16 @@ class NodeSpec(msgspec.Struct):
 
 
 class NodeStatus(msgspec.Struct):
-    """What a node is. `front_ends` maps each one's name to why it cannot be used, or null."""
+    """What a node is. `front_ends` maps each one's name to why it cannot be used, or null.
+
+    `boot_id`: the boot of the kernel in which the node service ran last.
+    """
 
     version: str = ""
     pid: int = 0
     started: str = ""
     front_ends: dict[str, str | None] = {}
+    boot_id: str = ""
 
 
 class Node(msgspec.Struct):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from blockd import __version__
 from blockd.frontends import availability
+from blockd.node import boot, server
 from blockd.node import demo as demo_parts
-from blockd.node import server
 from blockd.node.api import make_app
 from blockd.node.api_types import StatusView
 from blockd.node.context import Context, log
@@ -71,6 +71,7 @@ def serve(
             demo_parts.show(service.operations, service.context, service.addresses, stop)
         else:
             demo_parts.say(f"node service ready: {', '.join(service.addresses)}")
+        boot.wait_until_settled(service.context.store, stop)
         stop.wait()
         service.stop_doors()
         if demo:
@@ -206,7 +207,8 @@ class NodeService:
         context, name = self.context, self.context.node_name
         if find(context.store, Node, name) is None:
             context.store.create(Node(metadata=Metadata(name=name)))
-        status = NodeStatus(__version__, os.getpid(), utc_now(), availability())
+        boot_id = boot.forget_other_boot(context.store, name)
+        status = NodeStatus(__version__, os.getpid(), utc_now(), availability(), boot_id)
         modify_status(context.store, Node, name, lambda n: setattr(n, "status", status))
         disk, path = f"{name}-replicas", str(context.home.root / "replicas")
         if find(context.store, Disk, disk) is None:
