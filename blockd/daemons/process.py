@@ -1,7 +1,7 @@
 """What every daemon process does once: arguments, signals, pid file, the way it ends.
 
-A daemon prints one `ready ...` line when it serves, logs to standard error, and ends with the
-exit code of the error family after one line `blockd: ...`.
+A daemon prints one `ready ...` line when it serves, tells a service manager that waits for it, logs
+to standard error, and ends with the exit code of the error family after one line `blockd: ...`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from blockd.loop import READ, Loop
+from blockd.notify import Notifier
 from protocol.errors import BlockdError, RequestError, StorageError
 
 KEY_BYTES_MAX = 4096  # a key file larger than this is some other file
@@ -95,6 +96,12 @@ def write_pid_file(path: str | None) -> None:
                 file.write(f"{os.getpid()}\n")
         except OSError as error:
             raise StorageError(f"cannot write the process id to {path}: {error.strerror}") from None
+
+
+def ready(text: str) -> None:
+    """Say that the daemon serves, to whoever started it: by hand, a node service or systemd."""
+    print(f"ready {text}", flush=True)
+    Notifier().tell("READY=1", f"STATUS={text}")
 
 
 def run(work: Callable[[], int]) -> int:

@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
             daemon.serve_control(options.control)
         process.on_signals(loop, loop.stop)
         process.write_pid_file(options.pid_file)
-        print(f"ready replica {replica.metadata.replica_uuid} on {daemon.address}", flush=True)
+        process.ready(f"replica {replica.metadata.replica_uuid} on {daemon.address}")
         loop.run()
         daemon.close()
         return 0

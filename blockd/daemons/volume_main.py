@@ -67,4 +67,4 @@ def _open(loop: Loop, authority: Authority, options: Options) -> VolumeDaemon:
 def _ready(daemon: VolumeDaemon) -> None:
     process.write_pid_file(daemon.options.pid_file)
     where = ", ".join(server.address for server in daemon.servers) or "no NBD address"
-    print(f"ready volume {daemon.options.name} on {where}", flush=True)
+    process.ready(f"volume {daemon.options.name} on {where}")

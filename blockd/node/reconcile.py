@@ -23,6 +23,7 @@ WORKERS = 4  # passes wait for daemons and disks, hardly for the processor
 BACKOFF_SECONDS_MIN = 0.5
 CLOSE_SECONDS = 30.0  # longer than a daemon's start or clean stop, which a pass may wait for
 BACKOFF_SECONDS_MAX = 30.0
+PASS_SECONDS_MAX = 1200.0  # four of the longest runs of a system tool; what takes longer hangs
 
 # A pass over one volume; returns when the next one is due if nothing happens, None for never.
 Pass = Callable[[str], float | None]
@@ -34,7 +35,7 @@ class WorkQueue:
     def __init__(self) -> None:
         self._due: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
-        self._in_work: set[str] = set()
+        self._in_work: dict[str, float] = {}  # since when
         self._changed = threading.Condition()
         self._closed = False
 
@@ -55,7 +56,7 @@ class WorkQueue:
                 if wait is not None and wait <= 0:
                     _, name = heapq.heappop(self._heap)
                     del self._due[name]
-                    self._in_work.add(name)
+                    self._in_work[name] = time.monotonic()
                     return name
                 self._changed.wait(wait)
             return None
@@ -63,7 +64,7 @@ class WorkQueue:
     def done(self, name: str) -> None:
         """The pass over `name` is over."""
         with self._changed:
-            self._in_work.discard(name)
+            self._in_work.pop(name, None)
             if name in self._due:
                 heapq.heappush(self._heap, (self._due[name], name))
             self._changed.notify_all()
@@ -73,6 +74,18 @@ class WorkQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def stuck(self) -> str | None:
+        """Which volume has been in work, or has waited for a worker, too long; None if none has."""
+        with self._changed:
+            now = time.monotonic()
+            for name, since in self._in_work.items():
+                if now - since > PASS_SECONDS_MAX:
+                    return f"the pass over volume {name} has not ended for {now - since:.0f} s"
+            wait = self._wait_seconds()
+            if wait is not None and -wait > PASS_SECONDS_MAX:
+                return f"volume {self._heap[0][1]} has waited for a worker for {-wait:.0f} s"
+        return None
 
     def _wait_seconds(self) -> float | None:
         """Time until the first entry that can be given out; drops what is out of date."""
@@ -102,6 +115,13 @@ class Workers:
         """Begin."""
         for thread in self._threads:
             thread.start()
+
+    def stuck(self) -> str | None:
+        """Why no work is done any more, None if all is well."""
+        for thread in self._threads:
+            if not thread.is_alive():
+                return f"thread {thread.name} has ended"
+        return self._queue.stuck()
 
     def close(self) -> None:
         """End after the passes that run now; one that hangs is left behind."""

@@ -42,12 +42,15 @@ from blockd.node.reconcile_volumes import VolumeReconciler
 from blockd.node.sqlite_store import SqliteStore
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import Supervisor
+from blockd.node.watchdog import Watchdog, api_stuck
+from blockd.notify import Notifier
 from protocol.errors import BlockdError, ConflictError
 from replication.authority import SqliteAuthority
 
 DEFAULT_LISTEN = "127.0.0.1:9500"
 DISK_SECONDS = 60.0  # how often the space of the disks is written down
 WATCH_SECONDS = 1.0
+NAMED_MAX = 5  # volumes in a line for people
 
 
 def serve(
@@ -60,6 +63,7 @@ def serve(
     """Run the node service until SIGTERM or SIGINT; the exit code."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     log.setLevel(logging.INFO)
+    notifier = Notifier()  # before anything is started that would inherit the way to the manager
     service = NodeService(Home(home))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,8 +75,12 @@ def serve(
             demo_parts.show(service.operations, service.context, service.addresses, stop)
         else:
             demo_parts.say(f"node service ready: {', '.join(service.addresses)}")
+        notifier.tell("STATUS=attaching the volumes that should be")
         boot.wait_until_settled(service.context.store, stop)
+        watchdog = Watchdog(notifier, service.stuck, service.status)
+        watchdog.start()
         stop.wait()
+        watchdog.stop()
         service.stop_doors()
         if demo:
             stop.clear()
@@ -154,6 +162,23 @@ class NodeService:
             self._listeners.append(server.Listener(app, tcp, f"http://{address}"))
         for listener in self._listeners:
             listener.start()
+
+    def stuck(self) -> str | None:
+        """Why the service is not alive, None if it is."""
+        for thread in self._threads:
+            if not thread.is_alive():
+                return f"thread {thread.name} has ended"
+        if not self.context.supervisor.is_watching():
+            return "the supervisor of the daemons has ended"
+        return self._workers.stuck() or api_stuck(self.context.home.api_socket)
+
+    def status(self) -> str:
+        """How the volumes are, in one line."""
+        volumes = self._store.list(Volume)
+        attached = sum(item.status.state == "attached" for item in volumes)
+        bad = [v.metadata.name for v in volumes if v.status.health in ("degraded", "faulted")]
+        text = f"{len(volumes)} volumes, {attached} attached"
+        return f"{text}; not healthy: {', '.join(bad[:NAMED_MAX])}" if bad else text
 
     def attached_count(self) -> int:
         """How many volumes are attached."""

@@ -114,6 +114,10 @@ class Supervisor:
         os.eventfd_write(self._wake, 1)
         self._thread.join()
 
+    def is_watching(self) -> bool:
+        """Whether a daemon that ends is noticed."""
+        return self._thread.is_alive()
+
     def pid(self, spec: DaemonSpec) -> int | None:
         """The pid if the daemon runs, started by us or found."""
         process = self._process(spec) or self._adopt(spec)
