@@ -11,7 +11,7 @@ is taken down; `frontend.json` names the daemon it was made for, so that is seen
 of the node service too. The file is written before nbdfuse starts: a crash in between leaves a
 device that is taken for stale, never a stale one that is taken for good.
 
-The mounted file is never stat'ed here: a hung server would hang the caller. /proc/mounts and
+The mounted file is never stat'ed in this process: a hung server would hang it. /proc/mounts and
 /sys/block tell all.
 """
 
@@ -33,7 +33,7 @@ from protocol.errors import ConflictError
 START_SECONDS = 15.0  # nbdfuse connects, then mounts: tens of milliseconds
 END_SECONDS = 15.0
 POLL_SECONDS = 0.02
-TOOLS = ("nbdfuse", "losetup", "umount")
+TOOLS = ("nbdfuse", "stat", "losetup", "umount")
 
 
 class FuseFrontEnd:
@@ -71,6 +71,9 @@ class FuseFrontEnd:
         target.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _note_daemon(target)
         _start_nbdfuse(target, file)
+        # Kernels before 6.17 make the loop device as long as they last heard that the file is, and
+        # of a file that nobody has looked at they have heard nothing.
+        tools.run("stat", ["--format=%s", str(file)])
         arguments = ["--find", "--show", "--direct-io=on"]
         arguments += ["--read-only"] if target.read_only else []
         arguments += ["--sector-size", str(target.block_size), str(file)]

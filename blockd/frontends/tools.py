@@ -16,6 +16,7 @@ PACKAGES = {
     "mount": "mount",
     "umount": "mount",
     "blkid": "util-linux",
+    "stat": "coreutils",
     "sync": "coreutils",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
