@@ -84,7 +84,8 @@ def uninstall(*, root: Path, prefix: Path) -> list[Change]:
     enabled = [path.name for path in wanted if re.match(r"blockd(-\w+@.*)?\.service", path.name)]
     if enabled:
         raise ConflictError(
-            f"{', '.join(enabled)} is still enabled; first: systemctl disable --now {enabled[0]}"
+            f"still enabled: {', '.join(enabled)}; first: "
+            f"systemctl disable --now {' '.join(enabled)}"
         )
     paths = list(_paths(root, prefix).values())
     there = {path for path in paths if _own_text(path) is not None}
