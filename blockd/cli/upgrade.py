@@ -18,7 +18,7 @@ from blockd.cli.common import (
     waiting,
 )
 from blockd.client import Client, Json
-from protocol.errors import BlockdError, RequestError, StateError
+from protocol.errors import BlockdError, DeadlineError, RequestError, StateError
 
 AT_A_TIME = 3  # members of these volumes are made equal at the same time
 
@@ -69,8 +69,11 @@ def upgrade(
             done, failure = _upgrade(client, list(before), wanted, timeout)
         if failure is not None:
             name, error = failure
+            touched = [str(view["name"]) for view in done]
+            if isinstance(error, DeadlineError):
+                touched.append(name)  # a part of it may have been upgraded
             with waiting("going back to the old program"):
-                words = _go_back(client, [before[view["name"]] for view in done], wanted, timeout)
+                words = _go_back(client, [before[each] for each in touched], timeout)
             raise StateError(f"volume {name} was not upgraded: {error}; {words}") from error
     out.show(done, output, out.volume_table)
 
@@ -99,15 +102,15 @@ def _upgrade(
     return done, failure
 
 
-def _go_back(client: Client, views: Sequence[Json], program: str | None, timeout: float) -> str:
+def _go_back(client: Client, views: Sequence[Json], timeout: float) -> str:
     """Run the volumes with the programs they ran before; what came of it, in words."""
     back, stay = [], []
     for view in views:
         name, old = str(view["name"]), view["program"]
-        if old is None or old == client.volume(name)["program"]:
-            stay.append(name)  # its daemons did not run, or the program was replaced in place
-            continue
         try:
+            if old is None or old == client.volume(name)["program"]:
+                stay.append(name)  # its daemons did not run, or the program was replaced in place
+                continue
             client.upgrade(name, old, wait=timeout)
             back.append(name)
         except BlockdError as error:

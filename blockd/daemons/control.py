@@ -39,6 +39,7 @@ class ControlServer:
         self._loop = loop
         self._commands = commands
         self._connections: set[_Connection] = set()
+        self.asked = address
         self.socket, self.address = (sock, address) if sock else self._listen(address)
         loop.register(self.socket.fileno(), READ, self._accept)
 

@@ -348,12 +348,13 @@ class LocalMember:
         else:
             self._later((wire.ANSWERS[operation], 0, 0, offset, sequence, argument, payload))
 
-    def close(self) -> None:
-        """The engine is done with this member: close the directory."""
-        if self._open:
-            self._open = False
-            self.link.queue.clear()
-            self._service.close()
+    def close(self) -> bool:
+        """The engine is done with this member: close the directory. False if not cleanly."""
+        if not self._open:
+            return True
+        self._open = False
+        self.link.queue.clear()
+        return self._service.close()
 
 
 def _refused(sequence: int, error: BlockdError) -> wire.Frame:

@@ -14,7 +14,7 @@ from blockd.daemons import opening, process
 from blockd.daemons.handshake import GivenSession, Session
 from blockd.daemons.local_member import LocalMember, LocalSession
 from blockd.daemons.member_socket import MemberSocket
-from protocol.errors import BlockdError, ConflictError, StateError
+from protocol.errors import BlockdError, ConflictError, StateError, StorageError
 from replication import membership
 from replication.authority import IN_SYNC, OUT, SYNCING
 from replication.choosing import is_stranger
@@ -77,13 +77,18 @@ class Members:
             self.sockets.pop(link).close()
 
     def close_local(self) -> None:
-        """Close the replicas in this process, because another one opens them."""
-        for member in self.sockets.values():
-            if isinstance(member, LocalMember):
-                member.close()
+        """Close the replicas in this process, because another one opens them.
 
-    def open_local(self) -> None:
-        """Go on with the replicas that `close_local` closed; without them this process ends."""
+        StorageError if one of them cannot be made durable.
+        """
+        for member in self.sockets.values():
+            if isinstance(member, LocalMember) and not member.close():
+                raise StorageError(
+                    f"replica {member.link.replica_uuid} could not be closed cleanly"
+                )
+
+    def open_local(self) -> bool:
+        """Go on with the replicas that `close_local` closed; False: this process has to end."""
         engine = self._engine
         for old in [link for link, member in self.sockets.items() if not member.is_open]:
             try:
@@ -92,7 +97,7 @@ class Members:
                 process.log(f"replica {old.replica_uuid} cannot be opened again: {error}")
                 self._daemon.exit_code = error.exit_code
                 self._loop.stop()
-                return
+                return False
             del self.sockets[old]
             link = Link(old.replica_uuid, old.address, old.state)
             link.errors, link.repaired_blocks = old.errors, old.repaired_blocks
@@ -103,6 +108,7 @@ class Members:
             )
             self._connected(link, session)
             membership.enter(engine, link)
+        return True
 
     def _connected(self, link: Link, session: Introduced) -> None:
         link.hello = session.hello

@@ -49,6 +49,7 @@ class NbdServer:
     ) -> None:
         """Listen at `address`, or go on with `sock`, which does already."""
         self._daemon = daemon
+        self.asked = address
         self.socket, self.address = (sock, address) if sock else daemon.loop.listen(address)
         self.go_on()
 
@@ -209,7 +210,7 @@ class NbdConnection(Stream):
         """Go on where another process stopped; `go_on_again` begins."""
         export = self._daemon.find(parting.export)
         if export is None:
-            raise StateError(f"a client uses {parting.export}, which does not exist")
+            raise StateError(f"a client uses {parting.export}, which does not exist here")
         self._enter(
             replace(export, size_bytes=parting.size_bytes), parting.structured, parting.contexts
         )
@@ -258,6 +259,8 @@ class NbdConnection(Stream):
         self._structured = structured
         self._contexts = contexts
         self._transmission = True
+        if self._daemon.handing_over:
+            self.pause()
 
     def _put(self, data: bytes) -> None:
         """`data` is what was received."""
@@ -292,8 +295,7 @@ class NbdConnection(Stream):
             inbox.reserve(self._parser.needed(inbox.buffer, inbox.start, inbox.end))
         daemon.send_to_clients()
         if daemon.congested:
-            self.hold()
-            daemon.waiting.append(self)
+            self._wait_for_members()
 
     def resume(self) -> None:
         """The members took what was waiting for them: read on."""
@@ -316,8 +318,18 @@ class NbdConnection(Stream):
         if batch:
             self._run(batch)
             self._daemon.send_everything()
-        if not self.backlog and not self._daemon.congested:
+        if self.backlog:
+            return
+        if self._daemon.congested:
+            self._wait_for_members()
+        else:
             self.release()
+
+    def _wait_for_members(self) -> None:
+        """Do not read on until they have taken what waits for them."""
+        self.hold()
+        if self not in self._daemon.waiting:
+            self._daemon.waiting.append(self)
 
     def _read(self, reads: list[requests.Request]) -> None:
         """Hand plain reads to the engine, together; each request is also its cookie there."""

@@ -46,7 +46,7 @@ from replication.structure import (
 
 WAIT_SECONDS = 15.0  # for replica daemons that are being started together with us
 RETRY_SECONDS = 0.2
-TAKE_UP_SECONDS = 5.0  # a process that has to let go of a directory ends within milliseconds
+TAKE_UP_SECONDS = 30.0  # a process that was killed lets go of a directory when its disk answers
 TAKE_UP_RETRY_SECONDS = 0.01
 
 Log = Callable[[str], None]
@@ -183,7 +183,10 @@ def introduce(loop: Loop, address: str, volume_uuid: str, key: bytes) -> AnySess
 
 
 def take_up(loop: Loop, address: str, record: Record) -> LocalSession:
-    """Open a replica in this process that was in sync and closed by who had it in this epoch."""
+    """Open a replica in this process that was in sync and closed by who had it in this epoch.
+
+    `service.clean_start` tells whether it was closed cleanly.
+    """
     deadline = loop.now() + TAKE_UP_SECONDS
     while True:
         try:

@@ -38,6 +38,8 @@ class Options:
             raise RequestError(f"--answer-timeout {self.answer_seconds_max} is not above 0 seconds")
         if len(set(self.replicas)) < len(self.replicas):
             raise RequestError("a replica is named twice; every copy needs an address of its own")
+        if not self.replicas and not self.take_over:
+            raise RequestError("a volume needs a replica; name each with --replica ADDRESS")
         if self.take_over and not self.control:
             raise RequestError("--take-over asks at the control socket; give --control")
         if not self.nbd and not self.control:
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--replica",
         action="append",
-        required=True,
+        default=[],
         metavar="ADDRESS",
         help="a replica (repeat): unix:PATH or HOST:PORT of its daemon, or dir:PATH here",
     )

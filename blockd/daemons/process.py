@@ -29,7 +29,8 @@ def timestamp() -> str:
 
 def log(message: str) -> None:
     """One line on standard error."""
-    print(f"{timestamp()} {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk is no reason to end
+        print(f"{timestamp()} {message}", file=sys.stderr, flush=True)
 
 
 def read_key(path: str | None) -> bytes:

@@ -182,16 +182,18 @@ class ReplicaService:
         if self.flushing.stable(sequence, config_seq):
             self.worked()
 
-    def close(self) -> None:
-        """Close the directory cleanly if that is possible; nothing touches it afterwards."""
+    def close(self) -> bool:
+        """Close the directory, cleanly if that is possible (True); nothing touches it then."""
         if self._closed:
-            return
+            return True
         self.flushing.close()
         self._closed = True
         try:
             self.replica.close()
         except (BlockdError, OSError) as error:
             process.log(f"replica {self.replica.path} was not closed cleanly: {error}")
+            return False
+        return True
 
     def control(self, content: Content, user: object, done: ControlDone) -> None:
         """A CONTROL request of the fenced owner (replica_control.py)."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import socket
+import time
 from typing import Any
 
 from blockd.daemons import addresses, handover
 from blockd.daemons.handshake import GivenSession
+from blockd.daemons.local_member import LocalSession
 from blockd.daemons.members import Introduced
 from blockd.daemons.nbd_server import NbdConnection, Parting
 from blockd.daemons.opening import take_up
@@ -27,54 +30,78 @@ LINE_BYTES_MAX = 1 << 20
 def take_over(loop: Loop, authority: Authority, options: Options) -> VolumeDaemon:
     """Ask the volume daemon at the control socket for everything; serves when this returns."""
     assert options.control is not None
-    path = options.control.removeprefix("unix:") + ".new"
-    mask = os.umask(0o177)
-    try:
-        listener, _ = addresses.listen(f"unix:{path}")
-    finally:
-        os.umask(mask)
-    try:
-        channel = _ask(options.control, path, listener)
-    finally:
-        listener.close()
-        addresses.remove(path)
-    with channel:
-        channel.settimeout(STEP_SECONDS_MAX)
+    with _ask(options.control) as channel:
+        taken = _Taken()
         try:
             state, descriptors, rest = handover.receive(channel)
-            daemon = _build(loop, authority, options, state, descriptors, rest)
+            daemon = _build(loop, authority, options, state, descriptors, rest, taken)
             channel.sendall(handover.TAKEN)
-            said = channel.recv(len(handover.GO))
+            if channel.recv(len(handover.GO)) != handover.GO:
+                raise StateError("the old volume daemon did not hand over and goes on by itself")
         except OSError as error:
+            taken.give_back()
             raise PeerError(f"the old volume daemon did not hand over: {error}") from None
-        if said != handover.GO:
-            daemon.members.close()  # replicas in this process: the old one takes them up again
-            raise StateError("the old volume daemon did not hand over and goes on by itself")
+        except BaseException:
+            taken.give_back()
+            raise
+    daemon.serve_on(taken.listening)
     for connection in tuple(daemon.connections):
         connection.go_on_again()
     daemon.send_everything()
     return daemon
 
 
-def _ask(control: str, path: str, listener: socket.socket) -> socket.socket:
-    """The connection of the old daemon; its refusal as the error it names."""
-    with addresses.connect(control, STEP_SECONDS_MAX) as asked:
-        request = {"command": "hand-over", "formats": [handover.FORMAT], "to": f"unix:{path}"}
+class _Taken:
+    """What was taken and is not served yet."""
+
+    def __init__(self) -> None:
+        self.local: list[LocalSession] = []
+        self.listening: dict[str, socket.socket] = {}
+
+    def give_back(self) -> None:
+        """Close replicas in this process, so that the old daemon can take them up again."""
+        for session in self.local:
+            session.close()
+
+
+def _ask(control: str) -> socket.socket:
+    """The connection on which the old daemon hands over; its refusal as the error it names."""
+    name, secret = os.urandom(16).hex(), os.urandom(16).hex()
+    with (
+        addresses.connect(control, STEP_SECONDS_MAX) as asked,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        listener.bind(handover.listening_name(name))
+        listener.listen()
+        request = {
+            "command": "hand-over",
+            "formats": [handover.FORMAT],
+            "to": name,
+            "secret": secret,
+        }
         asked.sendall(json.dumps(request).encode() + b"\n")
-        ready = select.select([listener, asked], [], [], ASKED_SECONDS_MAX)[0]
-        if listener in ready:
-            return listener.accept()[0]
-        if not ready:
-            raise PeerError(
-                f"the volume daemon at {control} did not begin to hand over within "
-                f"{ASKED_SECONDS_MAX:g} s"
-            )
-        line = b""
-        while not line.endswith(b"\n") and len(line) < LINE_BYTES_MAX:
-            data = asked.recv(65536)
-            if not data:
-                raise PeerError(f"the volume daemon at {control} ended before it handed over")
-            line += data
+        deadline = time.monotonic() + ASKED_SECONDS_MAX
+        while True:
+            seconds = max(0.0, deadline - time.monotonic())
+            ready = select.select([listener, asked], [], [], seconds)[0]
+            if listener in ready:
+                channel = listener.accept()[0]
+                channel.settimeout(STEP_SECONDS_MAX)
+                with contextlib.suppress(OSError, PeerError):
+                    if bytes(handover.exactly(channel, len(secret))) == secret.encode():
+                        return channel
+                channel.close()  # names of this kind can be seen by everybody on this machine
+            elif asked in ready:
+                break
+            else:
+                raise PeerError(
+                    f"the volume daemon at {control} did not begin to hand over within "
+                    f"{ASKED_SECONDS_MAX:g} s"
+                )
+        with asked.makefile("rb") as lines:
+            line = lines.readline(LINE_BYTES_MAX)
+    if not line.endswith(b"\n"):
+        raise PeerError(f"the volume daemon at {control} ended before it handed over")
     answer = json.loads(line)
     raise from_code(str(answer.get("code")), str(answer.get("message")))
 
@@ -86,6 +113,7 @@ def _build(
     state: dict[str, Any],
     descriptors: list[int],
     rest: memoryview,
+    taken: _Taken,
 ) -> VolumeDaemon:
     """The whole volume daemon from what the old one gave; it begins no request yet."""
     for descriptor in descriptors:
@@ -101,7 +129,11 @@ def _build(
     for member in state["members"]:
         address = str(member["address"])
         if "hello" not in member:
-            sessions[member["replica_uuid"]] = take_up(loop, address, record)
+            local = take_up(loop, address, record)
+            taken.local.append(local)
+            if not local.service.clean_start:
+                raise StateError(f"the replica at {address} was not closed cleanly")
+            sessions[member["replica_uuid"]] = local
     daemon = VolumeDaemon(loop, authority, record, sessions, options, int(state["sequence"]))
     daemon.ledger.count = int(state["changes"])
     for name in handover.COUNTERS:
@@ -109,7 +141,8 @@ def _build(
     for member in state["members"]:
         link = daemon.engine.links[member["replica_uuid"]]
         link.errors, link.repaired_blocks = int(member["errors"]), int(member["repaired"])
-    daemon.serve({address: next(sockets) for address in state["listening"]})
+    daemon.members.bytes_per_second = state["rebuild_bandwidth"]
+    taken.listening = {str(address): next(sockets) for address in state["listening"]}
     position = 0
     for facts in state["clients"]:
         unread = bytes(rest[position : position + facts["unread"]])

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from blockd.daemons import process
 from blockd.daemons.block_status import CHANGED_CONTEXT
-from blockd.daemons.control import ControlServer
+from blockd.daemons.control import Command, ControlServer
 from blockd.daemons.members import Introduced, Members
 from blockd.daemons.nbd_server import NbdConnection, NbdServer, close_listener
 from blockd.daemons.options import Options
@@ -80,17 +80,32 @@ class VolumeDaemon:
         CatchUp(self.engine, ranges, [links[uuid] for uuid in choice.behind], done).start()
         self.send_everything()
 
-    def serve(self, listening: Mapping[str, socket.socket] | None = None) -> None:
-        """Start listening; `listening` are sockets that do already, by address."""
-        have = dict(listening or {})
+    def serve(self) -> None:
+        """Start listening."""
         for address in self.options.nbd:
-            self.servers.append(NbdServer(self, address, have.pop(address, None)))
+            self.servers.append(NbdServer(self, address))
+        if self.options.control:
+            self.control = ControlServer(self.loop, self.options.control, self._commands())
+
+    def serve_on(self, listening: Mapping[str, socket.socket]) -> None:
+        """Go on listening: with these sockets, by their addresses on the command line.
+
+        Nobody else serves the volume any more, so an address that cannot be had is only logged.
+        """
+        have = dict(listening)
+        for address in self.options.nbd:
+            try:
+                self.servers.append(NbdServer(self, address, have.pop(address, None)))
+            except BlockdError as error:
+                process.log(str(error))
         address = self.options.control or ""
-        if address:
-            commands = VolumeCommands(self).table()
-            self.control = ControlServer(self.loop, address, commands, have.pop(address, None))
+        if address in have:
+            self.control = ControlServer(self.loop, address, self._commands(), have.pop(address))
         for unwanted in have.values():
             close_listener(unwanted)
+
+    def _commands(self) -> dict[str, Command]:
+        return VolumeCommands(self).table()
 
     # ---- exports (ExportSource of the NBD handshake) ----------------------------------------
 

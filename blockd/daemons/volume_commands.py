@@ -135,7 +135,7 @@ class VolumeCommands:
 
     def _stop(self, request: dict[str, Any], answer: Answer) -> None:
         answer({})
-        self._daemon.loop.post(self._daemon.stop)
+        self._daemon.stop()
 
     # ---- snapshots ------------------------------------------------------------------------
 

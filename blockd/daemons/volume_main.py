@@ -22,7 +22,10 @@ def main(arguments: list[str]) -> int:
         if options.take_over:
             daemon = take_over(loop, authority, options)
             process.on_signals(loop, daemon.stop)
-            _ready(daemon)
+            try:
+                _ready(daemon)
+            except (BlockdError, OSError) as error:  # nobody else serves the volume any more
+                process.log(f"serving, but: {error}")
         else:
             daemon = _open(loop, authority, options)
         loop.run()

@@ -7,7 +7,8 @@ equal before the next one is stopped. The daemon of the only replica is left alo
 
 What was upgraded is read from the daemons: each carries the id of the newest upgrade as its label,
 because whatever starts it after the request starts it with the new program. So a pass goes on where
-the last one stopped, also after a death of the node service.
+the last one stopped, also after a death of the node service. A replica daemon that does not start
+ends the upgrade: the others are left alone, and it is started again with the old program.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from blockd.node.control import Answer
 from blockd.node.objects import Problem, Replica, Volume
 from blockd.node.store import modify_status
 from blockd.node.supervisor import DaemonSpec
-from protocol.errors import BlockdError, PeerError
+from protocol.errors import BlockdError, PeerError, StateError
 from replication.authority import IN_SYNC
 
 
@@ -44,13 +45,18 @@ class UpgradeReconciler:
         answer: Answer | None = None
         if supervisor.pid(daemon) is not None:
             answer = control.status(daemon.control)
-            if answer["label"] != wanted.id:
+            if answer.get("label") != wanted.id:
                 try:
                     answer = supervisor.replace(daemon)
                 except BlockdError as error:
                     log.warning("volume %s: not upgraded: %s", name, error)
                     return self._ended(volume, Problem.of(error))
                 log.info("volume %s: volume daemon upgraded, pid %s", name, answer["pid"])
+        failed = next((item for item in replicas if item.status.state == "failed"), None)
+        if failed is not None:
+            text = f"replica {failed.metadata.name} does not run: {failed.status.message}"
+            log.warning("volume %s: not upgraded: %s", name, text)
+            return self._ended(volume, Problem.of(StateError(text)))
         if answer is not None and not _all_in_sync(answer):
             return volume
         old = self._old_replica(volume, replicas)
@@ -74,7 +80,7 @@ class UpgradeReconciler:
                 answer = control.status(spec.control)
             except PeerError:
                 continue  # it hangs or has just ended: what replaces it has the new program
-            if answer["label"] != volume.spec.upgrade.id:
+            if answer.get("label") != volume.spec.upgrade.id:
                 return replica
         return None
 

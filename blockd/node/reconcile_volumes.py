@@ -44,7 +44,7 @@ CHECK_SECONDS = 3.0  # how often a healthy attached volume is looked at without 
 CHECK_UNHEALTHY_SECONDS = 1.0
 CHECK_DETACHED_SECONDS = 30.0
 CLONE_WAIT_SECONDS = 0.1  # between looks whether the pass over the source has made the replicas
-UPGRADE_SECONDS = 0.1  # between its steps: a member that was stopped is started at once
+UPGRADE_SECONDS = 0.3  # between its steps: a member that was stopped is started again, made equal
 LINGER_SECONDS = 3.0  # a row of snapshots of a detached volume starts the volume daemon once
 
 
@@ -239,6 +239,9 @@ class VolumeReconciler:
                 changes["health"] = daemon_health(volume, answer)
                 changes["message"] = waiting_for(answer) or message
         if waits_for_upgrade(volume):
+            changes["message"] = (
+                changes["message"] or "the upgrade waits until all replicas are in sync"
+            )
             self._note(volume, **changes)
             return UPGRADE_SECONDS
         if needed:

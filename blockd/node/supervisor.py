@@ -179,7 +179,9 @@ class Supervisor:
         On an error, the successor's own, the old one goes on.
         """
         old = self._process(spec) or self._adopt(spec)
-        assert old is not None, "a daemon that runs is replaced"
+        if old is None:
+            raise PeerError(f"the {spec.key} has just ended")
+        _rotate(spec.log)
         begin = _size(spec.log)
         child = self._spawn(spec, "--take-over")
         deadline = time.monotonic() + REPLACE_SECONDS
@@ -196,6 +198,8 @@ class Supervisor:
                 child.kill()
             time.sleep(POLL_SECONDS)
         old.replaced = False
+        if old.gone.is_set():
+            self._on_end(spec.volume)
         words = _said_since(spec.log, begin) or f"it ended with code {child.returncode}"
         family = _EXIT_FAMILIES.get(child.returncode, StateError)
         raise family(f"the successor of the {spec.key} did not take over: {words}")

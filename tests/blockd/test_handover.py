@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -205,35 +206,36 @@ print("same", flush=True)
         assert "exported to 1 NBD clients" in answer["message"]
 
 
+# A successor that goes wrong: it asks as a real one does, and then does what the test says.
+BAD_SUCCESSOR = """
+import os, sys, time
+from blockd.daemons import handover, takeover
+step, control = sys.argv[1:]
+channel = takeover._ask(control)
+if step != "before the state":
+    state, descriptors, _ = handover.receive(channel)
+    assert state["clients"] and len(descriptors) > 2
+if step == "refuses":
+    channel.sendall(b"no way")
+if step == "hangs":
+    print("hangs", flush=True)
+    time.sleep(600)
+"""
+
+
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("step", ["before the state", "after the state", "refuses"])
+@pytest.mark.parametrize("step", ["before the state", "after the state", "refuses", "hangs"])
 def test_a_successor_that_fails_changes_nothing(directory: Path, local: bool, step: str) -> None:
     with cluster(directory, 1 if local else 2, "64M", local) as running:
         load = Load(running.nbd, 4)
         load.start()
         poll("load", lambda: load.count > 100)
-        to, volume_uuid = directory / "to.sock", running.status()["volume_uuid"]
-        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as control:
-            listener.bind(str(to))
-            listener.listen()
-            control.connect(str(running.volume.control))
-            request = {"command": "hand-over", "formats": [handover.FORMAT], "to": f"unix:{to}"}
-            control.sendall(json.dumps(request).encode() + b"\n")
-            channel, _ = listener.accept()
-            with channel:
-                if step != "before the state":
-                    state, descriptors, _ = handover.receive(channel)
-                    for descriptor in descriptors:
-                        socket.socket(fileno=descriptor).close()
-                    assert state["volume_uuid"] == volume_uuid
-                if step == "refuses":
-                    channel.sendall(b"no way")
-                    assert channel.recv(10) == b""
-            with control.makefile("rb") as lines:
-                answer = json.loads(lines.readline())
-        assert "the successor did not take the volume" in answer["message"]
+        words = ["-c", BAD_SUCCESSOR, step, f"unix:{running.volume.control}"]
+        done = subprocess.run([sys.executable, *words], capture_output=True, timeout=60)
+        assert done.returncode == (-signal.SIGKILL if step == "hangs" else 0), done.stderr
         before = load.count
         poll("it goes on", lambda: load.count > before + 200)
+        assert "the successor did not take the volume" in running.volume.log.read_text()
         hand_over(running)
         load.end()
         assert NbdClient(running.nbd).read(0, BLOCKS * BLOCK) == b"".join(load.model)
@@ -249,15 +251,112 @@ def test_successors_that_cannot_be(directory: Path) -> None:
         code, line = stranger.refused()
         assert code == 4
         assert "which is not vol in" in line
-        answer = running.volume.ask("hand-over", formats=[99], to="unix:/nowhere")
+        answer = running.volume.ask("hand-over", formats=[99], to="", secret="")
         assert "formats [99]" in answer["message"]
-        answer = running.volume.ask("hand-over", formats=[handover.FORMAT], to="unix:/nowhere")
-        assert "nobody answers at unix:/nowhere" in answer["message"]
+        nonsense = {"formats": [handover.FORMAT], "secret": "0" * 32}
+        answer = running.volume.ask("hand-over", to="unix:\ud800", **nonsense)
+        assert "32 hex digits" in answer["message"]
+        answer = running.volume.ask("hand-over", to="f" * 32, **nonsense)
+        assert "did not take the volume" in answer["message"]
         assert client.read(0, BLOCK) == b"a" * BLOCK
         nobody = successor(running, "--control", f"unix:{directory}/none")
         code, line = nobody.refused()
         assert code == 1
         assert "is its daemon running?" in line
+
+
+def test_two_successors_at_once_take_turns(directory: Path) -> None:
+    with cluster(directory, 2, "64M") as running:
+        load = Load(running.nbd, 6)
+        load.start()
+        first, second, old = successor(running), successor(running), running.volume
+        first.launch()
+        second.launch()
+        lasting = (first, second)
+        poll("the old one ends", lambda: not old.alive())
+        poll("one is left", lambda: [each.alive() for each in lasting].count(True) == 1)
+        before = load.count
+        poll("it serves", lambda: load.count > before + 100)
+        for each in (old, *lasting):
+            assert each.process is not None
+            if each.alive():
+                running.volume = each
+            elif each.process.stdout is not None:
+                each.process.stdout.close()
+        load.end()
+
+
+def test_a_client_that_never_chooses_an_export_is_sent_away(directory: Path) -> None:
+    with cluster(directory, 2, "64M") as running, socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(running.nbd))
+        assert silent.recv(18)
+        client = NbdClient(running.nbd)
+        hand_over(running)
+        assert silent.recv(1) == b""
+        assert client.read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_a_full_disk_does_not_end_the_successor(directory: Path) -> None:
+    """It is the only one left when it writes its pid file and its log."""
+    with cluster(directory, 2, "64M") as running:
+        client = NbdClient(running.nbd)
+        client.write(0, b"a" * BLOCK)
+        new, old = successor(running, "--pid-file", "/dev/full"), running.volume
+        with open("/dev/full", "w") as full:
+            new.process = subprocess.Popen(new.command(), stdout=full, stderr=full)
+        running.volume = new
+        poll("the old one ends", lambda: not old.alive())
+        assert old.process is not None
+        assert old.process.stdout is not None
+        old.process.stdout.close()
+        assert client.read(0, BLOCK) == b"a" * BLOCK
+        client.write(0, b"b" * BLOCK)
+        assert new.alive()
+
+
+def test_addresses_are_those_of_the_command_line(directory: Path) -> None:
+    """A port without `tcp:` is kept; an address that is not wanted any more is closed."""
+    with cluster(directory, 2, "64M") as running:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        running.volume.end()
+        running.volume.arguments += ["--nbd", f"127.0.0.1:{port}"]
+        running.volume.start()
+        hand_over(running)
+        running.volume.arguments = [*running.volume.arguments[:-3], "--take-over"]
+        with socket.create_connection(("127.0.0.1", port)) as link:
+            assert link.recv(18)
+        hand_over(running)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        assert NbdClient(running.nbd).read(0, BLOCK) == bytes(BLOCK)
+
+
+def test_idle_clients_are_read_again_after_a_failure_under_pressure(directory: Path) -> None:
+    """The replica hangs with so much queued that no client is read."""
+    with cluster(directory, 1, "256M") as running:
+        writer, idle = NbdClient(running.nbd), NbdClient(running.nbd)
+        replica = running.replicas[0].process
+        assert replica is not None
+        replica.send_signal(signal.SIGSTOP)
+        try:
+            data = bytes(MIB)
+            sending = threading.Thread(
+                target=lambda: [writer.send(WRITE, n * MIB, data=data) for n in range(60)]
+            )
+            sending.start()
+            code, line = successor(running).refused()
+        finally:
+            replica.send_signal(signal.SIGCONT)
+        assert code == 1
+        assert "there is still" in line
+        for _ in range(60):
+            assert writer.receive({})[1] == 0
+        sending.join(30)
+        assert idle.read(0, BLOCK) == bytes(BLOCK)
+        hand_over(running)
+        assert idle.read(0, BLOCK) == bytes(BLOCK)
 
 
 def test_a_replica_that_does_not_answer_prevents_it(directory: Path) -> None:

@@ -20,9 +20,12 @@ from protocol.errors import BlockdError, NotFoundError, RequestError, StateError
 from tests.blockd.node_harness import WAIT_SECONDS, NodeHarness, until
 from tests.blockd.test_handover import BLOCK, BLOCKS, Load
 
+BROKEN = "broken for"
 
-def installation(directory: Path, name: str, fails: str = "") -> str:
-    """The Python of another installation; `fails`: what it says in place of running daemons."""
+
+def installation(directory: Path, name: str, fails: str = "", fails_for: str = "") -> str:
+    """The Python of another installation; `fails`: what it says in place of running daemons;
+    `fails_for`: a word on the command line of daemons that it does not run."""
     if fails:
         program = directory / name
         program.write_text(f"#!/bin/sh\necho 'blockd: {fails}' >&2\nexit 1\n")
@@ -33,6 +36,11 @@ def installation(directory: Path, name: str, fails: str = "") -> str:
     shared = [path for path in sys.path if path.endswith("site-packages")]
     root = Path(blockd.__file__).parent.parent
     (packages / "blockd.pth").write_text("\n".join([str(root), *shared]) + "\n")
+    if fails_for:
+        check = f"import sys\nif {fails_for!r} in sys.orig_argv:\n    "
+        (packages / "sitecustomize.py").write_text(
+            f"{check}sys.exit('blockd: {BROKEN} {fails_for}')\n"
+        )
     return str(directory / name / "bin" / "python")
 
 
@@ -135,20 +143,41 @@ def test_an_upgrade_outlives_the_node_service(node: NodeHarness, tmp_path: Path)
     assert control.status(sockets / "volume.control")["label"]
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_replica_daemons_that_do_not_start_end_it(
+    node: NodeHarness, tmp_path: Path, attached: bool
+) -> None:
+    """The first one fails; the others are left alone, and it runs again with the old program."""
+    new = installation(tmp_path, "new", fails_for="replica")
+    node.create("data", replicas=3, rebuild_wait_seconds=3600)
+    if attached:
+        node.attach("data")
+    before = pids(node, "data")
+    with pytest.raises(StateError, match=r"does not run: .*ended"):
+        node.operations.upgrade("data", new, WAIT_SECONDS)
+    assert len(set(before[1:]) & set(pids(node, "data"))) == 2
+    if not attached:
+        node.attach("data")
+    node.until_healthy("data", 3)
+
+
+def test_a_volume_daemon_that_lingers_is_no_obstacle(node: NodeHarness) -> None:
+    node.create("data", replicas=2, rebuild_wait_seconds=3600)
+    node.operations.snapshot_create("data", "one", {}, WAIT_SECONDS)
+    node.operations.upgrade("data", None, WAIT_SECONDS)
+    assert [each.name for each in node.view("data").snapshots] == ["one"]
+
+
 def test_all_go_back_if_one_fails(
     node: NodeHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two volumes work with the new program, the third cannot be handed over."""
-    old, new = installation(tmp_path, "old"), installation(tmp_path, "new")
+    """Two volumes work with the new program, the third does not."""
+    old, new = installation(tmp_path, "old"), installation(tmp_path, "new", fails_for="c")
     for name in ("a", "b", "c"):
         node.create(name, replicas=1)
         node.attach(name)
         node.operations.upgrade(name, old, WAIT_SECONDS)
     before = {name: node.view(name).pid for name in ("a", "b", "c")}
-    home = node.service.context.home
-    # The name where the successor of c listens is taken by a directory.
-    taken = home.socket_directory("c", node.view("c").uid) / "volume.control.new"
-    taken.mkdir()
     node.service.listen(None, None, demo=False)
     code = main(["--home", str(node.root), "volume", "upgrade", "--all", "--program", new])
     said = capsys.readouterr().err
@@ -159,7 +188,7 @@ def test_all_go_back_if_one_fails(
         assert (node.view(name).pid == before[name]) is (name == "c")
         volume = node.service.context.store.get(Volume, name)
         assert volume.status.program == old
-    taken.rmdir()
+    new = installation(tmp_path, "newer")
     code = main(["--home", str(node.root), "volume", "upgrade", "--all", "--program", new])
     assert code == 0
     table = capsys.readouterr().out

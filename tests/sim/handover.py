@@ -28,7 +28,11 @@ class SimHandOver(HandOver):
         self._volume = volume
         self._client = client
         self._fails = fails
-        super().__init__(volume.daemon, {"formats": [FORMAT], "to": ""}, lambda error: None)
+        super().__init__(
+            volume.daemon,
+            {"formats": [FORMAT], "to": "0" * 32, "secret": "0" * 32},
+            lambda error: None,
+        )
 
     def _busy(self) -> str | None:
         mine = [each for each in self._client.under_way.values() if each.volume is self._volume]
