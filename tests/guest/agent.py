@@ -4,27 +4,40 @@ One JSON object per line and direction. The first line out says that the guest i
 request has an `id` that its answer repeats, and one of
 
     run: argument list, input: base64, seconds: limit   ->  code (null: over the limit), out, err
+    blockd: arguments, input, seconds                   ->  the same
     put: path, data: base64, mode: bits                 ->  nothing more
     get: path                                           ->  data: base64
 
-or the answer is `error`, in words. Requests are done at the same time, each in its thread. Nothing
-of the project is imported here.
+or the answer is `error`, in words. Requests are done at the same time, each in its thread.
+
+`blockd` is the command line, forked from this process, which imports it once: the machine is
+emulated, and importing takes seconds there.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import os
+import pkgutil
 import signal
-import subprocess
+import sys
 import tempfile
 import threading
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PORTS = Path("/sys/class/virtio-ports")
+SOURCE = Path("/src")
+POLL_SECONDS = 0.01
+Start = Callable[[list[str], int, int, int], int]  # words, stdin, stdout, stderr -> pid
+
 _sending = threading.Lock()
+_importing = threading.Lock()
 
 
 def serve() -> None:
@@ -45,8 +58,10 @@ def _answer(port: int, request: dict[str, Any]) -> None:
 
 
 def _done(request: dict[str, Any]) -> dict[str, Any]:
-    if "run" in request:
-        return _run(request["run"], base64.b64decode(request["input"]), request["seconds"])
+    if "run" in request or "blockd" in request:
+        start = _started if "run" in request else _forked
+        words = request["run"] if "run" in request else request["blockd"]
+        return _run(start, words, base64.b64decode(request["input"]), request["seconds"])
     if "put" in request:
         path = Path(request["put"])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +71,7 @@ def _done(request: dict[str, Any]) -> dict[str, Any]:
     return {"data": base64.b64encode(Path(request["get"]).read_bytes()).decode()}
 
 
-def _run(words: list[str], content: bytes, limit_seconds: float) -> dict[str, Any]:
+def _run(start: Start, words: list[str], content: bytes, limit_seconds: float) -> dict[str, Any]:
     """Output goes to files: what the command leaves running may keep them open."""
     with (
         tempfile.TemporaryFile() as given,
@@ -65,15 +80,18 @@ def _run(words: list[str], content: bytes, limit_seconds: float) -> dict[str, An
     ):
         given.write(content)
         given.seek(0)
-        process = subprocess.Popen(
-            words, stdin=given, stdout=out, stderr=err, start_new_session=True
-        )
-        code: int | None
-        try:
-            code = process.wait(limit_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = None  # not waited for: it may hang in the kernel
+        pid = start(words, given.fileno(), out.fileno(), err.fileno())
+        deadline = time.monotonic() + limit_seconds
+        code: int | None = None
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            if time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)  # not waited for: it may hang in the kernel
+                break
+            time.sleep(POLL_SECONDS)
         out.seek(0)
         err.seek(0)
         return {
@@ -81,6 +99,42 @@ def _run(words: list[str], content: bytes, limit_seconds: float) -> dict[str, An
             "out": base64.b64encode(out.read()).decode(),
             "err": base64.b64encode(err.read()).decode(),
         }
+
+
+def _started(words: list[str], given: int, out: int, err: int) -> int:
+    actions = [
+        (os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate((given, out, err))
+    ]
+    return os.posix_spawnp(
+        words[0],
+        words,
+        os.environ,
+        file_actions=actions,
+        setsid=True,
+        setsigdef=[signal.SIGPIPE],  # Python ignores it
+    )
+
+
+def _forked(words: list[str], given: int, out: int, err: int) -> int:
+    with _importing:
+        for module in pkgutil.iter_modules([str(SOURCE / "blockd" / "cli")], "blockd.cli."):
+            importlib.import_module(module.name)
+    main = importlib.import_module("blockd.cli").main
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            for target, source in enumerate((given, out, err)):
+                os.dup2(source, target)
+            code = main(words)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
 
 
 def _send(port: int, message: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def guest(shared_guest: Guest) -> Guest:
 
 @pytest.fixture
 def own_guest(guest_image: Image) -> Iterator[Callable[..., Guest]]:
-    """`own_guest(memory_mib=512, disks={"data": BYTES}, init="systemd")`: the test's own machine."""
+    """The test's own machine: `own_guest(memory_mib=512, disks={"a": BYTES}, init="systemd")`."""
     with contextlib.ExitStack() as stack:
 
         def make(**options: Any) -> Guest:

@@ -32,9 +32,10 @@ PYPROJECT = REPOSITORY / "pyproject.toml"
 SUITE = "bookworm"
 KERNEL_SUITE = "bookworm-backports"  # 6.12; bookworm's own 6.1 has an older ublk
 PACKAGES = (
-    "e2fsprogs fdisk fio fuse3 iproute2 kmod libnbd-bin mount nbd-client procps python3 "
-    "python3-libnbd systemd-sysv udev util-linux xfsprogs"
-).split()
+    *("dbus", "e2fsprogs", "fdisk", "fio", "fuse3", "iproute2", "kmod", "libnbd-bin", "mount"),
+    *("nbd-client", "procps", "python3", "python3-libnbd", "systemd-sysv", "udev", "util-linux"),
+    "xfsprogs",
+)
 PYTHON_PACKAGES = ("pyroute2", "pytest")  # besides those of pyproject.toml
 PYTHON_VERSION = "3.11"  # bookworm's
 LEFT_OUT = ("doc", "info", "locale", "man")  # of /usr/share
@@ -97,7 +98,8 @@ def find(tool: str) -> str | None:
 
 def cache() -> Path:
     """Where images are kept."""
-    return Path(os.environ.get("BLOCKD_GUEST_CACHE", REPOSITORY / ".cache" / "guest"))
+    chosen = os.environ.get("BLOCKD_GUEST_CACHE")
+    return Path(chosen).absolute() if chosen else REPOSITORY / ".cache" / "guest"
 
 
 def key() -> str:
@@ -153,6 +155,8 @@ def _make(directory: Path) -> None:
             root = part / "root"
             shutil.copytree(packages, root / "opt" / "python", symlinks=True)
         _furnish(root)
+        compiled = ["chroot", str(root), "python3", "-m", "compileall", "-q", "/opt/python"]
+        _finish(_start(compiled, part / "chroot.log"), part)
         _finish(_start(_mke2fs(root, part / "root.img", ROOT_BYTES), part / "mke2fs.log"), part)
         shutil.rmtree(root)
         part.rename(directory)
@@ -163,8 +167,8 @@ def _make(directory: Path) -> None:
 def _pip(target: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "pip", "install", "--disable-pip-version-check"),
-        *("--target", str(target), "--only-binary", ":all:", "--implementation", "cp"),
-        *("--python-version", PYTHON_VERSION),
+        *("--target", str(target), "--no-compile", "--only-binary", ":all:"),
+        *("--implementation", "cp", "--python-version", PYTHON_VERSION),
         *("--platform", "manylinux2014_x86_64", "--platform", "manylinux_2_28_x86_64"),
         *_requirements(),
     ]

@@ -38,8 +38,8 @@ class Service:
 
     def blockd(self, *words: str) -> Any:
         """`blockd WORDS -o json`, parsed. Raises GuestError if it fails."""
-        command = ("python3", "-m", "blockd", "--home", self.home, *words, "-o", "json")
-        said = self.guest.run(*command, timeout_seconds=COMMAND_SECONDS).out
+        words = ("--home", self.home, *words, "-o", "json")
+        said = self.guest.blockd(*words, timeout_seconds=COMMAND_SECONDS).out
         return json.loads(said) if said.strip() else None
 
     def stop(self) -> None:

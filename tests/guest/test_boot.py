@@ -45,7 +45,7 @@ def test_files_go_in_and_out(guest: Guest) -> None:
     content = os.urandom(MIB)
     guest.put("/tmp/new/file", content, mode=0o600)
     assert guest.get("/tmp/new/file") == content
-    with pytest.raises(GuestError, match="/tmp/none.*FileNotFoundError"):
+    with pytest.raises(GuestError, match=r"/tmp/none.*FileNotFoundError"):
         guest.get("/tmp/none")
 
 
@@ -79,7 +79,7 @@ def test_a_power_cut_loses_what_was_not_flushed_and_a_panic_is_told(
     assert own.run("ls", "/mnt/d").out == "kept\nlost+found\n"
     assert own.get("/mnt/d/kept") == b"kept\n"
 
-    with pytest.raises(GuestError, match="the guest ended at .*(?s:.)*sysrq triggered crash"):
+    with pytest.raises(GuestError, match=r"the guest ended at .*(?s:.)*sysrq triggered crash"):
         own.shell("echo c >/proc/sysrq-trigger")
     assert own.pid is None
 
@@ -89,7 +89,7 @@ def test_a_guest_that_hangs_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatc
     assert guest.pid
     os.kill(guest.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(GuestError, match="did not answer within 1 s at 'true'(?s:.)*console"):
+        with pytest.raises(GuestError, match=r"did not answer within 1 s at 'true'(?s:.)*console"):
             guest.run("true", timeout_seconds=0.5)
     finally:
         os.kill(guest.pid, signal.SIGCONT)
@@ -102,7 +102,7 @@ def test_a_guest_that_does_not_boot_is_told(guest_image: Image) -> None:
         root = directory / "empty"
         root.write_bytes(bytes(MIB))
         with pytest.raises(
-            GuestError, match="the guest ended at 'boot'(?s:.)*Unable to mount root"
+            GuestError, match=r"the guest ended at 'boot'(?s:.)*Unable to mount root"
         ):
             Guest(directory, Image(guest_image.kernel, root))
 
