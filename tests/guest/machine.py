@@ -146,13 +146,13 @@ class Guest:
 
     def close(self) -> None:
         """Switch off; nothing of the machine runs afterwards."""
-        if self._qemu is not None:
-            self._qemu.kill()
-            self._qemu.wait()
-            self._qemu = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        qemu, self._qemu = self._qemu, None
+        connection, self._socket = self._socket, None
+        if qemu is not None:
+            qemu.kill()
+            qemu.wait()
+        if connection is not None:
+            connection.close()
 
     def run(
         self,
@@ -253,13 +253,15 @@ class Guest:
         number = next(self._numbers)
         waiting: Future[dict[str, Any]] = Future()
         self._waiting[number] = waiting
-        if self._socket is None:
+        connection = self._socket
+        if connection is None:
             raise GuestError(f"the guest is off: {what!r} cannot be done; boot() comes first")
         line = json.dumps({"id": number, **request}).encode() + b"\n"
         try:
             with self._sending:
-                self._socket.sendall(line)
+                connection.sendall(line)
         except OSError:
+            self.close()
             raise GuestError(f"the guest ended before {what!r}\n{self.console_tail()}") from None
         answer = self._answer(waiting, limit_seconds + GRACE_SECONDS, what)
         if "error" in answer:
@@ -274,6 +276,7 @@ class Guest:
         except TimeoutError:
             why = f"did not answer within {limit_seconds:g} s"
         except ConnectionError:
+            self.close()  # QEMU closes the connection a moment before it is gone
             why = "ended"
         raise GuestError(f"the guest {why} at {what!r}\n{self.console_tail()}")
 

@@ -110,6 +110,7 @@ def test_a_guest_that_does_not_boot_is_told(guest_image: Image) -> None:
 def test_systemd_runs_units(own_guest: Callable[..., Guest]) -> None:
     own = own_guest(init="systemd", disks={"data": 64 * MIB})
     assert own.run("cat", "/proc/1/comm").out == "systemd\n"
+    assert own.shell("systemctl is-system-running --wait || systemctl --failed") == "running\n"
     own.run(
         "systemd-run",
         "--wait",
@@ -120,4 +121,5 @@ def test_systemd_runs_units(own_guest: Callable[..., Guest]) -> None:
         timeout_seconds=120,
     )
     assert own.get("/run/one") == b"done\n"
-    own.shell("mkfs.ext4 -q -L tried /dev/vdb; udevadm settle; test -b /dev/disk/by-label/tried")
+    own.shell("mkfs.ext4 -q -L tried /dev/vdb; udevadm trigger --settle /dev/vdb")
+    own.shell("test -b /dev/disk/by-label/tried")
