@@ -42,7 +42,10 @@ GRACE_SECONDS = 30.0  # the agent's answer may be so late, then the guest counts
 POLL_SECONDS = 0.02
 CONSOLE_LINES = 100  # an oops and what led to it
 SOURCE_BYTES = 256 << 20  # sparse
-SOURCES = ("blockd", "protocol", "replication", "snapshots", "tests", "perf", "pyproject.toml")
+SOURCES = (
+    *("blockd", "protocol", "replication", "snapshots", "systemd", "tests", "perf"),
+    "pyproject.toml",
+)
 NOT_SOURCES = shutil.ignore_patterns("*_cache", ".cache", ".hypothesis")
 # One thread for both processors: QEMU 7.2 runs code that another processor has just patched, and
 # its cmpxchg16b destroys the flags; the kernel does without the latter.
