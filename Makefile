@@ -8,7 +8,7 @@ FIRST ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check perf sim sim-mutants torture powercut
+.PHONY: help setup run test check perf sim sim-mutants torture powercut guest
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,3 +43,6 @@ torture: setup ## Real daemons, 200 rounds of kill -9, full disks, flipped bits;
 
 powercut: setup ## Power cuts at every sync of recorded histories of a replica; SEED=
 	$(BIN)/python -m tests.powercut $(if $(SEED),--seed $(SEED))
+
+guest: setup ## Real devices on a real kernel, in a QEMU guest; makes its image the first time
+	$(BIN)/python -m pytest tests/guest $(PYTEST_OPTIONS)
