@@ -98,6 +98,13 @@ class DegradedError(StateError):
     exit_code = 6
 
 
+class LostWritesError(DegradedError):
+    """What can be reached may lack writes that a user who is still there believes in."""
+
+    code = "lost_writes"
+    exit_code = 7
+
+
 FAMILIES: dict[str, type[BlockdError]] = {
     family.code: family
     for family in (
@@ -110,6 +117,7 @@ FAMILIES: dict[str, type[BlockdError]] = {
         ConflictError,
         DeadlineError,
         DegradedError,
+        LostWritesError,
     )
 }
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.errors import DegradedError
+from protocol.errors import DegradedError, LostWritesError
 from replication.authority import IN_SYNC, Record
 
 Hello = Mapping[str, Any]
@@ -75,7 +75,7 @@ def choose(
         return Choice(candidates[0], tuple(candidates))
     unbroken = [uuid for uuid in candidates if hellos[uuid]["unbroken"]]
     if consumer_alive and not unbroken:
-        raise DegradedError(
+        raise LostWritesError(
             f"every replica of volume {name} that can be reached was on a machine that was "
             "rebooted and may have lost writes that its user has not flushed; detach the volume "
             "and attach it again to go on from what is on the disks"

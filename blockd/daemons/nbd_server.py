@@ -72,7 +72,7 @@ class NbdServer:
             return
         sock.setblocking(False)
         addresses.tune(sock)
-        connection = NbdConnection(self._daemon, sock)
+        connection = NbdConnection(self._daemon, sock, self.address)
         self._daemon.connections.append(connection)
         connection.greet()
 
@@ -95,7 +95,8 @@ class Parting:
     """A connection at a message boundary: what was agreed, and bytes in neither direction lost.
 
     `unread` came from the client and no request of it was begun; `unsent` are answers that the
-    client has not taken. `draining_bytes` of `drained` are still to be skipped.
+    client has not taken. `draining_bytes` of `drained` are still to be skipped. `address` is where
+    it came in.
     """
 
     export: str
@@ -106,13 +107,15 @@ class Parting:
     drained: requests.Request | None
     unread: bytes
     unsent: bytes
+    address: str = ""
 
 
 class NbdConnection(Stream):
-    """One client; also the engine's `Client`."""
+    """One client; also the engine's `Client`. `address`: where it came in."""
 
-    def __init__(self, daemon: VolumeDaemon, sock: socket.socket) -> None:
+    def __init__(self, daemon: VolumeDaemon, sock: socket.socket, address: str) -> None:
         self._daemon = daemon
+        self.address = address
         self._engine = daemon.engine
         self._parser = requests.RequestParser()
         super().__init__(daemon.loop, sock, Inbox(), Outbox())
@@ -204,6 +207,7 @@ class NbdConnection(Stream):
             drained=drained,
             unread=b"".join([*waiting, inbox.buffer[inbox.start : inbox.end]]),
             unsent=b"".join(self._queue),
+            address=self.address,
         )
 
     def resume_from(self, parting: Parting) -> None:

@@ -159,10 +159,11 @@ def _build(
             drained=tuple(drained) if drained is not None else None,
             unread=unread,
             unsent=unsent,
+            address=str(facts.get("address", "")),
         )
         sock = next(sockets)
         sock.setblocking(False)
-        connection = NbdConnection(daemon, sock)
+        connection = NbdConnection(daemon, sock, parting.address)
         daemon.connections.append(connection)
         connection.resume_from(parting)
     return daemon

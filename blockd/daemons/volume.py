@@ -144,6 +144,15 @@ class VolumeDaemon:
         """How many clients use the export of a snapshot, or with 0 of the live volume."""
         return sum(1 for connection in self.connections if connection.layer_id == layer_id)
 
+    def clients(self) -> dict[str, dict[str, int]]:
+        """How many connections use which export, by the address they came in at."""
+        counts: dict[str, dict[str, int]] = {server.address: {} for server in self.servers}
+        for connection in self.connections:
+            if connection.export is not None:
+                here = counts.setdefault(connection.address, {})
+                here[connection.export.name] = here.get(connection.export.name, 0) + 1
+        return counts
+
     # ---- sending --------------------------------------------------------------------------
 
     def send_to_members(self) -> bool:

@@ -73,6 +73,7 @@ class VolumeCommands:
                 "health": self.health(),
                 "nbd": [server.address for server in daemon.servers],
                 "connections": daemon.readers_of(0),
+                "clients": daemon.clients(),
                 "members": [
                     _member(replica_uuid, member, engine.links.get(replica_uuid))
                     for replica_uuid, member in record.members.items()

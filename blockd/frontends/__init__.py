@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from blockd.frontends.base import FrontEnd
 from blockd.frontends.fuse import FuseFrontEnd
+from blockd.frontends.nbd import NbdFrontEnd
 from blockd.frontends.socket import SocketFrontEnd
 from protocol.errors import RequestError, StateError
 
 # In the order `auto` tries them: a device is preferred to a bare socket.
 FRONT_ENDS: dict[str, FrontEnd] = {
-    front_end.name: front_end for front_end in (FuseFrontEnd(), SocketFrontEnd())
+    front_end.name: front_end for front_end in (NbdFrontEnd(), FuseFrontEnd(), SocketFrontEnd())
 }
 # Kernel drivers this version has no code for, and what to use in their place.
 NOT_SUPPORTED = {
-    "nbd": "this version does not drive the kernel's nbd; use fuse",
     "ublk": "this version does not drive ublk; use fuse",
 }
 

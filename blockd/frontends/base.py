@@ -17,16 +17,24 @@ class Target:
     """What a front end serves, a volume or (read-only) VOLUME@SNAPSHOT: under which name, where its
     daemon listens, and a directory for own files.
 
+    `identity` is unique and kept for life: the volume's UUID, for a snapshot with @NAME behind it.
     `daemon` identifies the running volume daemon (its epoch); a device that was made for an
-    earlier one has lost its connection.
+    earlier one has lost its connection. `device_socket` is for the kernel's device only, and
+    `device_connections` is how many connections for this export the daemon has there.
+    `size_bytes` is what the daemon serves, 0 if a device cannot get another size now. Both are 0 if
+    the daemon was not asked, which is enough to find, and to take down, what is there.
     """
 
     export: str
+    identity: str
     directory: Path
     nbd_socket: Path
+    device_socket: Path
     block_size: int
     daemon: str
     read_only: bool = False
+    size_bytes: int = 0
+    device_connections: int = 0
 
     @property
     def what(self) -> str:
@@ -48,9 +56,14 @@ class Attachment:
 
 
 class FrontEnd(Protocol):
-    """One way to attach a volume. Every method is idempotent."""
+    """One way to attach a volume. Every method is idempotent.
+
+    `reconnects`: its devices outlive the volume daemon. I/O waits until `attach` has given the
+    device to the next one; `find` does not call it stale, and `cut_off` ends it.
+    """
 
     name: str
+    reconnects: bool
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here, None if it can."""
@@ -59,7 +72,10 @@ class FrontEnd(Protocol):
         """What is up for this volume, None if nothing is."""
 
     def attach(self, target: Target) -> Attachment:
-        """Bring it up; the volume daemon serves already."""
+        """Bring it up, or what is lacking; the volume daemon serves already."""
 
     def detach(self, target: Target) -> None:
         """Take it down; ConflictError while it is in use."""
+
+    def cut_off(self, target: Target) -> None:
+        """Take down for good what reconnects, although it is in use: its users get I/O errors."""

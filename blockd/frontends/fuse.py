@@ -28,6 +28,7 @@ from typing import Any
 
 from blockd.frontends import processes, tools
 from blockd.frontends.base import Attachment, Target
+from blockd.frontends.busy import refuse_if_used
 from protocol.errors import ConflictError
 
 START_SECONDS = 15.0  # nbdfuse connects, then mounts: tens of milliseconds
@@ -40,6 +41,7 @@ class FuseFrontEnd:
     """A loop device on a FUSE file."""
 
     name = "fuse"
+    reconnects = False
 
     def unavailable(self) -> str | None:
         if os.geteuid() != 0:
@@ -84,7 +86,7 @@ class FuseFrontEnd:
         file = _file(target)
         device = _loop_device(file)
         if device is not None:
-            _refuse_if_used(target, device)
+            refuse_if_used(target, device)
             tools.run("losetup", ["--detach", device])
             _wait_for_loop_end(target, file, device)
         if _is_mounted(file):
@@ -93,6 +95,9 @@ class FuseFrontEnd:
         for path in (file, _daemon_path(target), _pid_path(target)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+    def cut_off(self, target: Target) -> None:
+        raise AssertionError("a fuse device does not outlive its volume daemon")
 
 
 def _file(target: Target) -> Path:
@@ -180,33 +185,6 @@ def _start_nbdfuse(target: Target, file: Path) -> None:
                 f"nbdfuse did not mount {file} within {START_SECONDS:g} s; see {log}"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _refuse_if_used(target: Target, device: str) -> None:
-    """ConflictError while a file system is mounted from the device or something holds it."""
-    where = [mount.path for mount in processes.mounts() if mount.source == device]
-    if where:
-        by_blockd = "" if target.read_only else f"`blockd volume umount {target.export}` or "
-        raise ConflictError(
-            f"{target.what} ({device}) is mounted at {', '.join(where)}; unmount it first: "
-            f"{by_blockd}umount {where[0]}"
-        )
-    try:
-        # An exclusive open fails while a mount, swap or another device holds this one.
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != 16:  # EBUSY; any other error is the device's own and no reason to stay
-            return
-        raise ConflictError(
-            f"{target.what} ({device}) is in use by {processes.users_text(device)}; "
-            "close it and detach again"
-        ) from None
-    users = processes.users_of(device)
-    if users:
-        raise ConflictError(
-            f"{target.what} ({device}) is open in {processes.users_text(device)}; "
-            "close it and detach again"
-        )
 
 
 def _wait_for_loop_end(target: Target, file: Path, device: str) -> None:

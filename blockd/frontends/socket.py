@@ -13,6 +13,7 @@ class SocketFrontEnd:
     """An NBD address and no device."""
 
     name = "socket"
+    reconnects = False
 
     def unavailable(self) -> str | None:
         return None
@@ -25,3 +26,6 @@ class SocketFrontEnd:
 
     def detach(self, target: Target) -> None:
         return None
+
+    def cut_off(self, target: Target) -> None:
+        raise AssertionError("a socket does not outlive its volume daemon")

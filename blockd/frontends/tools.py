@@ -20,6 +20,7 @@ PACKAGES = {
     "sync": "coreutils",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
+    "modprobe": "kmod",
     "qemu-img": "qemu-utils",
 }
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"

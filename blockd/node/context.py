@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockd.frontends.base import Target
+from blockd.node import control
 from blockd.node.home import Home
 from blockd.node.objects import (
     Metadata,
@@ -99,7 +100,9 @@ class Context:
             program=_program(volume),
         )
 
-    def volume_daemon(self, volume: Volume, addresses: list[str]) -> DaemonSpec:
+    def volume_daemon(
+        self, volume: Volume, addresses: list[str], *, consumer_alive: bool = False
+    ) -> DaemonSpec:
         """The volume daemon; `addresses` are those of its replicas."""
         name, uid = volume.metadata.name, volume.metadata.uid
         sockets = self.home.socket_directory(name, uid)
@@ -108,10 +111,12 @@ class Context:
         arguments = ["volume", name, "--volume-uuid", uid, "--state", str(self.home.state_path)]
         for address in addresses:
             arguments += ["--replica", address]
-        arguments += ["--nbd", f"unix:{sockets}/nbd.sock", "--control", f"unix:{control}"]
+        arguments += ["--nbd", f"unix:{sockets}/nbd.sock", "--nbd", f"unix:{sockets}/device.sock"]
+        arguments += ["--control", f"unix:{control}"]
         arguments += ["--key-file", str(self.home.key_path(name))]
         arguments += ["--block-size", str(volume.spec.block_size)]
         arguments += ["--pid-file", str(files / "volume.pid"), *_label(volume)]
+        arguments += ["--consumer-alive"] if consumer_alive else []
         return DaemonSpec(
             key=f"volume daemon of {name}",
             volume=name,
@@ -125,16 +130,31 @@ class Context:
 
     def target(self, volume: Volume, epoch: int, snapshot: str = "") -> Target:
         """The volume, or one of its snapshots, as a front end sees it."""
-        name = volume.metadata.name
-        sockets = self.home.socket_directory(name, volume.metadata.uid)
+        name, uid = volume.metadata.name, volume.metadata.uid
+        sockets = self.home.socket_directory(name, uid)
         directory = self.home.volume_directory(name)
         return Target(
             export=f"{name}@{snapshot}" if snapshot else name,
+            identity=f"{uid}@{snapshot}" if snapshot else uid,
             directory=directory / "snapshots" / snapshot if snapshot else directory,
             nbd_socket=sockets / "nbd.sock",
+            device_socket=sockets / "device.sock",
             block_size=volume.spec.block_size,
             daemon=str(epoch),
             read_only=bool(snapshot),
+        )
+
+    def served_target(self, volume: Volume, epoch: int, snapshot: str = "") -> Target:
+        """The same with what the volume daemon says of it now; PeerError if it does not answer."""
+        target = self.target(volume, epoch, snapshot)
+        answer = control.status(self.volume_daemon(volume, []).control)
+        clients = answer["clients"].get(f"unix:{target.device_socket}", {})
+        waits = answer["held"] or answer["paused"] or answer["suspended"]
+        return replace(
+            target,
+            # A device that grows first has all its requests answered: not while those wait.
+            size_bytes=0 if waits else int(answer["size_bytes"]),
+            device_connections=int(clients.get(target.export, 0)),
         )
 
 

@@ -1,9 +1,12 @@
 """Devices and mounts: the front end of an attached volume, and the file system on it.
 
-What is up is read from the kernel each time. Three cases need care:
+What is up is read from the kernel each time. Four cases need care:
 
-- A device that lost its volume daemon fails all I/O for good: it is unmounted, taken down and
-  made anew. If something still uses it, that is said and tried again.
+- A device that lost its volume daemon: a front end that reconnects gives it to the next one, before
+  anything else touches the device, because until then all I/O waits. Any other device fails all I/O
+  for good: it is unmounted, taken down and made anew. If something still uses it, that is said and
+  tried again.
+- A volume that could only be opened without writes its user believes in: the device is cut off.
 - An administrator who unmounts by hand wants it unmounted: the wish to mount is dropped. That is
   only concluded while the device is still the one it was mounted from.
 - What something uses is never taken away: ConflictError names who.
@@ -15,7 +18,7 @@ import time
 
 from blockd.frontends import FRONT_ENDS, choose
 from blockd.frontends.base import Attachment, FrontEnd
-from blockd.node import control, mounts
+from blockd.node import control, links, mounts
 from blockd.node.context import Context, log
 from blockd.node.objects import Volume, VolumeStatus
 from blockd.node.store import modify, modify_status
@@ -40,11 +43,25 @@ class DeviceReconciler:
     def __init__(self, context: Context) -> None:
         self._context = context
 
+    def is_alive(self, volume: Volume) -> bool:
+        """Is there a device whose user goes on when the volume daemon dies, and waits for one?"""
+        front_end, found = self._find(volume, volume.status.epoch)
+        return front_end is not None and front_end.reconnects and found is not None
+
+    def cut_off(self, volume: Volume) -> None:
+        """End such a device although it is used: I/O errors in place of an older state."""
+        front_end, found = self._find(volume, volume.status.epoch)
+        if front_end is not None and front_end.reconnects and found is not None:
+            front_end.cut_off(self._context.target(volume, volume.status.epoch))
+            log.warning("volume %s: %s is cut off", volume.metadata.name, found.device)
+
     def settle_down(self, volume: Volume, epoch: int) -> Volume:
         """Take down what is not wanted (any more) or does not work (any more)."""
+        front_end, found = self._find(volume, epoch)
+        if front_end is not None and front_end.reconnects and found is not None:
+            front_end.attach(self._context.served_target(volume, epoch))
         if not volume.spec.attached:
             return self.take_down(volume, epoch)
-        front_end, found = self._find(volume, epoch)
         if front_end is None:
             return volume
         if found is None or found.stale:
@@ -63,11 +80,13 @@ class DeviceReconciler:
     def bring_up(self, volume: Volume, epoch: int) -> Volume:
         """Make the device and mount it, as far as the spec wants that."""
         front_end = choose(volume.status.frontend or volume.spec.frontend)
-        target = self._context.target(volume, epoch)
+        target = self._context.served_target(volume, epoch)
         if volume.status.state != "attached":
             volume = self._note(volume, frontend=front_end.name, state="attaching")
         device = front_end.attach(target).device
         uri = target.nbd_uri
+        if device is not None:
+            links.make(target.export, device, attached_now=volume.status.device != device)
         if volume.status.state != "attached" or volume.status.device != device:
             log.info("volume %s: attached, %s", volume.metadata.name, device or uri)
         volume = self._note(
@@ -90,6 +109,8 @@ class DeviceReconciler:
         volume = self.unmount(volume)
         if found is not None:
             front_end.detach(self._context.target(volume, epoch))
+            wait_until_let_go(self._context, volume)
+        links.remove(volume.metadata.name, volume.status.device)
         log.info("volume %s: detached", volume.metadata.name)
         return self._note(volume, frontend=None, device=None, nbd_uri=None, state="detached")
 
@@ -140,6 +161,18 @@ class DeviceReconciler:
                 setattr(item.status, field_name, value)
 
         return modify_status(self._context.store, Volume, volume.metadata.name, change)
+
+
+def wait_until_let_go(context: Context, volume: Volume) -> None:
+    """Until the volume daemon, too, has seen that the kernel's device is gone."""
+    deadline = time.monotonic() + CLIENTS_GONE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if not context.served_target(volume, volume.status.epoch).device_connections:
+                return
+        except BlockdError:
+            return  # no daemon, no connection
+        time.sleep(POLL_SECONDS)
 
 
 def refuse_with_clients(context: Context, volume: Volume, snapshot: str = "") -> None:

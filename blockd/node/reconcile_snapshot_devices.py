@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blockd.frontends import FRONT_ENDS, choose
+from blockd.node import links
 from blockd.node.context import Context, log
 from blockd.node.objects import Problem, Snapshot, SnapshotStatus, Volume
 from blockd.node.reconcile_devices import refuse_with_clients
@@ -36,7 +37,10 @@ class SnapshotDeviceReconciler:
                     self._note(item)
                 continue
             target = self._context.target(volume, volume.status.epoch, item.spec.name)
-            found = FRONT_ENDS[item.status.frontend].find(target)
+            front_end = FRONT_ENDS[item.status.frontend]
+            found = front_end.find(target)
+            if found is not None and front_end.reconnects:
+                self._try(self._reconnect, volume, item)
             if found is None or found.stale or not _is_wanted(item):
                 self._try(self._take_down, volume, item)
 
@@ -52,9 +56,14 @@ class SnapshotDeviceReconciler:
             if item.status.frontend is not None:
                 self._take_down(volume, item, force=True)
 
+    def _reconnect(self, volume: Volume, item: Snapshot) -> None:
+        assert item.status.frontend is not None
+        target = self._context.served_target(volume, volume.status.epoch, item.spec.name)
+        FRONT_ENDS[item.status.frontend].attach(target)
+
     def _bring_up(self, volume: Volume, item: Snapshot) -> None:
         front_end = choose(item.status.frontend or item.spec.frontend)
-        target = self._context.target(volume, volume.status.epoch, item.spec.name)
+        target = self._context.served_target(volume, volume.status.epoch, item.spec.name)
 
         def starting(snapshot: Snapshot) -> None:
             snapshot.status.frontend = front_end.name
@@ -62,6 +71,8 @@ class SnapshotDeviceReconciler:
         if item.status.frontend is None:  # written down first: a crash leaves nothing unknown
             modify_status(self._context.store, Snapshot, item.metadata.name, starting)
         device = front_end.attach(target).device
+        if device is not None:
+            links.make(target.export, device, attached_now=item.status.device != device)
         if item.status.nbd_uri is None:
             log.info("%s: attached, %s", target.what, device or target.nbd_uri)
         if not (_is_settled(item) and item.status.device == device and item.status.nbd_uri):
@@ -73,6 +84,7 @@ class SnapshotDeviceReconciler:
         if item.status.frontend == "socket" and not force:
             refuse_with_clients(self._context, volume, item.spec.name)
         FRONT_ENDS[item.status.frontend].detach(target)
+        links.remove(target.export, item.status.device)
         remove_tree(target.directory)
         log.info("%s: detached", target.what)
         self._note(item, frontend=None, device=None, nbd_uri=None)

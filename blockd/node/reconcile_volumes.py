@@ -7,7 +7,7 @@ The order within a pass, and why:
    daemon runs for a detached volume that nobody asks anything of
 3. what is not wanted or broken comes down: mount, then device; devices of snapshots
 4. snapshots, clones of this volume, then a revert: with the device down meanwhile
-5. members: added, removed, rebuilt
+5. members: added, removed, rebuilt; a larger size
 6. devices of snapshots; device, then mount
 7. a step of an upgrade
 8. the volume daemon is stopped if it is not needed any more (LINGER_SECONDS later, unless this
@@ -37,7 +37,13 @@ from blockd.node.reconcile_upgrades import UpgradeReconciler
 from blockd.node.reconcile_upgrades import waits as waits_for_upgrade
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import DaemonSpec
-from protocol.errors import BlockdError, ConflictError, PeerError, StateError
+from protocol.errors import (
+    BlockdError,
+    ConflictError,
+    LostWritesError,
+    PeerError,
+    StateError,
+)
 from replication.authority import IN_SYNC, Record
 
 CHECK_SECONDS = 3.0  # how often a healthy attached volume is looked at without cause
@@ -111,25 +117,27 @@ class VolumeReconciler:
             volume = self._revert(volume, spec)
             record = self.members.load(volume) or record
             self.members.align(volume, record, replicas, spec)
+            delay = CHECK_SECONDS
+            if record.size_bytes < volume.spec.size_bytes:
+                delay = self._grow(volume, spec)
             self.snapshot_devices.bring_up(volume)
-            if volume.spec.attached:
+            if volume.spec.attached:  # a device gets the new size, too
                 volume = self.devices.bring_up(volume, volume.status.epoch)
             volume = self.upgrades.reconcile(volume, replicas, spec)
-            if record.size_bytes < volume.spec.size_bytes:
-                return min(self._grow(volume, spec), self._settle(volume, spec, was_attached))
-        else:
-            spec = context.volume_daemon(volume, [])
-            volume = self.devices.settle_down(volume, volume.status.epoch)
-            self.snapshot_devices.settle_down(volume)
-            daemon = spec if context.supervisor.pid(spec) is not None else None
-            self.members.align(volume, record, replicas, daemon)
-            volume = self.upgrades.reconcile(volume, replicas, spec)
+            return min(delay, self._settle(volume, spec, was_attached))
+        spec = context.volume_daemon(volume, [])
+        volume = self.devices.settle_down(volume, volume.status.epoch)
+        self.snapshot_devices.settle_down(volume)
+        daemon = spec if context.supervisor.pid(spec) is not None else None
+        self.members.align(volume, record, replicas, daemon)
+        volume = self.upgrades.reconcile(volume, replicas, spec)
         return self._settle(volume, spec, was_attached)
 
     def _needed(self, volume: Volume, record: Record, replicas: list[Replica]) -> bool:
         """Whether the volume daemon has anything to do."""
         return (
             volume.spec.attached
+            or self.devices.is_alive(volume)  # to be taken down its user has to be served
             or self.members.work(record, replicas)
             or self.snapshots.pending(volume.metadata.name)
             or self.snapshot_devices.wanted(volume.metadata.name)
@@ -151,7 +159,8 @@ class VolumeReconciler:
             and item.status.address
             and item.metadata.name in record.members
         ]
-        spec = context.volume_daemon(volume, addresses)
+        consumer_alive = self.devices.is_alive(volume)
+        spec = context.volume_daemon(volume, addresses, consumer_alive=consumer_alive)
         if context.supervisor.pid(spec) is None:
             self._note(volume, pid=None)
             ended = context.supervisor.ended(spec)
@@ -166,7 +175,11 @@ class VolumeReconciler:
             if not addresses:
                 reasons = "; ".join(sorted({i.status.message or "" for i in replicas}))
                 raise StateError(f"no replica of volume {name} runs: {reasons}")
-        answer = context.supervisor.ensure(spec)
+        try:
+            answer = context.supervisor.ensure(spec)
+        except LostWritesError:
+            self.devices.cut_off(volume)
+            raise
         if answer.get("health") == "starting":
             raise PeerError(f"the volume daemon of {name} is still opening the volume")
         return spec, answer
@@ -262,9 +275,11 @@ class VolumeReconciler:
     def _remove(self, volume: Volume) -> None:
         """Stop everything of a deleted volume, then remove everything of it."""
         context, name = self._context, volume.metadata.name
+        spec = context.volume_daemon(volume, [])
+        if context.supervisor.pid(spec) is None:
+            self.devices.cut_off(volume)  # what still waits for its data waits in vain
         self.devices.take_down(volume, volume.status.epoch, force=True)
         self.snapshot_devices.take_all_down(volume)
-        spec = context.volume_daemon(volume, [])
         context.supervisor.stop(spec)
         context.supervisor.forget(spec)
         self.snapshots.forget_all(name)

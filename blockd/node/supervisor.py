@@ -29,6 +29,7 @@ from blockd.node.control import Answer
 from protocol.errors import (
     BlockdError,
     ConflictError,
+    LostWritesError,
     NotFoundError,
     PeerError,
     RequestError,
@@ -49,7 +50,8 @@ LOG_TAIL_BYTES = 8192
 _ERROR_PREFIX = "blockd: "  # of the one line a daemon says when it ends in error
 
 _EXIT_FAMILIES: dict[int, type[BlockdError]] = {
-    family.exit_code: family for family in (RequestError, NotFoundError, ConflictError)
+    family.exit_code: family
+    for family in (RequestError, NotFoundError, ConflictError, LostWritesError)
 }
 
 

@@ -205,7 +205,7 @@ def test_auto_falls_back_to_the_socket_where_fuse_cannot_work(
     assert choose("auto").name == "socket"
     with pytest.raises(Exception, match="needs root"):
         choose("fuse")
-    for name in ("nbd", "floppy"):
+    for name in ("ublk", "floppy"):
         with pytest.raises(RequestError):
             choose(name)
 

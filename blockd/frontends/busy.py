@@ -1,0 +1,37 @@
+"""Is a device in use? What something uses is never taken away."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from blockd.frontends import processes
+from blockd.frontends.base import Target
+from protocol.errors import ConflictError
+
+
+def refuse_if_used(target: Target, device: str) -> None:
+    """ConflictError while a file system is mounted from the device or something holds it."""
+    where = [mount.path for mount in processes.mounts() if mount.source == device]
+    if where:
+        by_blockd = "" if target.read_only else f"`blockd volume umount {target.export}` or "
+        raise ConflictError(
+            f"{target.what} ({device}) is mounted at {', '.join(where)}; unmount it first: "
+            f"{by_blockd}umount {where[0]}"
+        )
+    try:
+        # An exclusive open fails while a mount, swap or another device holds this one.
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # the device's own error is no reason to stay
+            return
+        raise ConflictError(
+            f"{target.what} ({device}) is in use by {processes.users_text(device)}; "
+            "close it and detach again"
+        ) from None
+    users = processes.users_of(device)
+    if users:
+        raise ConflictError(
+            f"{target.what} ({device}) is open in {processes.users_text(device)}; "
+            "close it and detach again"
+        )
