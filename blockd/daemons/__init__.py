@@ -16,6 +16,10 @@ def main(arguments: list[str]) -> int:
         from blockd.daemons.volume_main import main as volume_main
 
         return volume_main(arguments[1:])
+    if kind == "spare":
+        from blockd.daemons.spare import main as spare_main
+
+        return spare_main(main)
     usage = "usage: blockd daemon replica DIR --listen ADDRESS | volume NAME --replica ADDRESS ..."
     if kind in ("-h", "--help"):
         print(usage + "\n`blockd daemon replica --help` and `blockd daemon volume --help` say more")

@@ -258,6 +258,8 @@ class VolumeReconciler:
             self._note(volume, **changes)
             return UPGRADE_SECONDS
         if needed:
+            if self.devices.is_alive(volume):
+                context.supervisor.keep_spare()
             self._idle_since.pop(name, None)
             self._note(volume, **changes)
             healthy = changes["health"] == "healthy" and message is None

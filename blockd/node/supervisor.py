@@ -8,11 +8,15 @@ is alive but does not answer is waited for and not replaced.
 Life is watched through pidfds: they work for processes that are not our children, and a reused
 pid cannot be taken for a daemon. A daemon that ends wakes the reconciler of its volume; one that
 ends soon after each start is started again at growing distances (`RESTART_SECONDS_MAX`).
+
+While somebody waits for volume daemons with I/O under way, a spare process with all modules loaded
+is kept (blockd/daemons/spare.py): it becomes the next volume daemon at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -47,6 +51,9 @@ RESTART_SECONDS_MAX = 30.0
 LOG_BYTES_MAX = 1 << 20  # an older log is kept once, as .1
 LOG_TAIL_BYTES = 8192
 
+SPARE_ROOM_BYTES = 4096  # on its command line, for that of the daemon it becomes
+
+_DAEMON = (sys.executable, "-m", "blockd", "daemon")
 _ERROR_PREFIX = "blockd: "  # of the one line a daemon says when it ends in error
 
 _EXIT_FAMILIES: dict[int, type[BlockdError]] = {
@@ -107,6 +114,7 @@ class Supervisor:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll.register(self._wake, select.EPOLLIN)
         self._closing = False
+        self._spare: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
@@ -115,6 +123,10 @@ class Supervisor:
         self._closing = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        spare = self._take_spare()
+        if spare is not None and spare.stdin is not None:
+            spare.stdin.close()
+            spare.wait()
 
     def is_watching(self) -> bool:
         """Whether a daemon that ends is noticed."""
@@ -227,6 +239,42 @@ class Supervisor:
             "its disk may hang: see the kernel log"
         )
 
+    def keep_spare(self) -> None:
+        """See that a spare process waits for the next volume daemon to be started."""
+        with self._lock:
+            if self._closing or (self._spare is not None and self._spare.poll() is None):
+                return
+            self._spare = subprocess.Popen(
+                [*_DAEMON, "spare", " " * SPARE_ROOM_BYTES],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+
+    def _take_spare(self) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            spare, self._spare = self._spare, None
+        return spare
+
+    def _spare_as(self, spec: DaemonSpec) -> subprocess.Popen[bytes] | None:
+        """Have the spare process become this daemon; None if there is none."""
+        if spec.arguments[0] != "volume" or spec.program != sys.executable:
+            return None
+        spare = self._take_spare()
+        if spare is None:
+            return None
+        order = {"arguments": spec.arguments, "log": str(spec.log)}
+        try:
+            assert spare.stdin is not None
+            spare.stdin.write(json.dumps(order).encode() + b"\n")
+            spare.stdin.close()
+        except OSError:  # it has ended
+            spare.wait()
+            return None
+        return spare
+
     def _process(self, spec: DaemonSpec) -> _Process | None:
         with self._lock:
             process = self._processes.get(spec.key)
@@ -247,7 +295,7 @@ class Supervisor:
 
     def _start(self, spec: DaemonSpec) -> None:
         _rotate(spec.log)
-        child = self._spawn(spec)
+        child = self._spare_as(spec) or self._spawn(spec)
         # The daemon does the same once it serves; until then a new node service finds it by this.
         spec.pid_file.write_text(f"{child.pid}\n")
         self._ended.pop(spec.key, None)
