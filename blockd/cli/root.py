@@ -8,6 +8,7 @@ import click
 
 from blockd import __version__
 from blockd.cli.common import make_settings
+from blockd.cli.doctor import doctor
 from blockd.cli.node import node
 from blockd.cli.replica import replica
 from blockd.cli.service import daemon, serve, status
@@ -68,5 +69,5 @@ def app(
         click.echo(context.get_help())
 
 
-for command in (serve, status, volume, snapshot, replica, node, daemon):
+for command in (serve, status, doctor, volume, snapshot, replica, node, daemon):
     app.add_command(command)

@@ -34,7 +34,7 @@ from protocol.errors import ConflictError, PeerError, StateError
 from protocol.nbd import constants as c
 
 DEAD_SECONDS = 3600  # the file system sees no error while the volume has no daemon, so long
-REQUEUE_MS = 900  # the timer runs on whole seconds: below one, or it looks every other second only
+REQUEUE_MS = 500  # the block layer adds about a second of its own (blk_round_jiffies)
 KERNEL_FIRST = (5, 14)  # the first with backend identifiers
 NODE_SECONDS = 10.0  # devtmpfs makes the node within milliseconds
 END_SECONDS = 15.0
