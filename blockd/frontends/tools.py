@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 
+from blockd.frontends import processes
 from protocol.errors import StateError
 
 TOOL_SECONDS = 300.0  # an unmount first writes back what the page cache holds of the volume
@@ -17,6 +22,7 @@ PACKAGES = {
     "umount": "mount",
     "blkid": "util-linux",
     "stat": "coreutils",
+    "head": "coreutils",
     "sync": "coreutils",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
@@ -54,28 +60,60 @@ def require(tool: str) -> str:
     return found
 
 
-def attempt(tool: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, whatever its exit code."""
-    try:
-        return subprocess.run(
-            [require(tool), *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TOOL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ToolError(
-            f"{tool} {' '.join(arguments)} did not end within {TOOL_SECONDS:g} s; "
-            "the device may hang: see the kernel log"
-        ) from None
+def attempt(
+    tool: str, arguments: Sequence[str], *, server: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, whatever its exit code.
+
+    `server` is the process that serves the device the program uses: when that ends, the program
+    stands still until somebody gives the device to the next one. That may be for the caller to do,
+    so it is not kept waiting: StateError, and the program goes on when it can.
+    """
+    command = [require(tool), *arguments]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        _wait(child, server)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return subprocess.CompletedProcess(command, child.returncode, *texts)
 
 
-def run(tool: str, arguments: Sequence[str]) -> str:
+def _wait(child: subprocess.Popen[bytes], server: int | None) -> None:
+    """Wait for the program; one that is left alone is collected whenever it ends."""
+    what = " ".join(str(word) for word in child.args) if isinstance(child.args, list) else ""
+    with contextlib.ExitStack() as stack:
+        ends = select.poll()
+        own = _pidfd(child.pid, stack)
+        ends.register(own, select.POLLIN)
+        try:
+            if server is not None:
+                ends.register(_pidfd(server, stack), select.POLLIN)
+            ended = [fd for fd, _ in ends.poll(TOOL_SECONDS * 1000)]
+        except ProcessLookupError:
+            ended = [-1]
+        if own in ended:
+            child.wait()
+            return
+    processes.collect(child)
+    if ended:
+        raise StateError(f"the volume daemon ended while this ran, which now waits: {what}")
+    child.kill()
+    raise ToolError(
+        f"{what} did not end within {TOOL_SECONDS:g} s; the device may hang: see the kernel log"
+    )
+
+
+def _pidfd(pid: int, stack: contextlib.ExitStack) -> int:
+    descriptor = os.pidfd_open(pid)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def run(tool: str, arguments: Sequence[str], *, server: int | None = None) -> str:
     """Run a program that must succeed; what it printed."""
-    done = attempt(tool, arguments)
+    done = attempt(tool, arguments, server=server)
     if done.returncode != 0:
         words = done.stderr.strip() or done.stdout.strip() or "it said nothing"
         raise ToolError(f"{tool} {' '.join(arguments)} failed with code {done.returncode}: {words}")

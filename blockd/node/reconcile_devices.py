@@ -37,6 +37,12 @@ def no_device_text(name: str, front_end: str) -> str:
     return f"{text}; detach it (`blockd volume detach {name}`) and attach it with --frontend fuse"
 
 
+def server_of(volume: Volume) -> int | None:
+    """The process that serves the volume's device, if I/O waits for the next one when it ends."""
+    front_end = volume.status.frontend
+    return volume.status.pid if front_end and FRONT_ENDS[front_end].reconnects else None
+
+
 class DeviceReconciler:
     """Front end and mount of one volume after another."""
 
@@ -119,7 +125,7 @@ class DeviceReconciler:
         path = volume.status.mount
         if path is None:
             return volume
-        mounts.unmount(volume.metadata.name, path)
+        mounts.unmount(volume.metadata.name, path, server_of(volume))
         log.info("volume %s: unmounted from %s", volume.metadata.name, path)
         return self._note(volume, mount=None)
 
@@ -138,7 +144,7 @@ class DeviceReconciler:
                 f"volume {name} ({device}) is mounted at {where[0]} already; "
                 f"unmount it there first: umount {where[0]}"
             )
-        made = mounts.mount(name, device, wanted.path, wanted.fs)
+        made = mounts.mount(name, device, wanted.path, wanted.fs, server_of(volume))
         log.info(
             "volume %s: %smounted at %s",
             name,

@@ -24,6 +24,7 @@ from blockd.node.objects import (
     Volume,
     snapshot_key,
 )
+from blockd.node.reconcile_devices import server_of
 from blockd.node.store import find, modify, modify_status
 from blockd.node.supervisor import DaemonSpec
 from protocol.errors import BlockdError, ConflictError, NotFoundError
@@ -67,7 +68,7 @@ class SnapshotReconciler:
         store, key = self._context.store, item.metadata.name
         try:
             if there is None and volume.status.device is not None:
-                mounts.write_back(volume.status.device)
+                mounts.write_back(volume.status.device, server_of(volume))
             made = there or _create(item, daemon, volume)
         except BlockdError as error:
             problem = Problem.of(error)

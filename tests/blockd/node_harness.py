@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -17,7 +18,8 @@ from blockd.node.service import NodeService
 from blockd.node.views import VolumeView
 
 MIB = 1 << 20
-WAIT_SECONDS = 30.0  # far more than anything here takes; bounds a failing test
+PATIENCE = float(os.environ.get("BLOCKD_TEST_PATIENCE", "1"))  # an emulated machine is slow
+WAIT_SECONDS = 30.0 * PATIENCE  # far more than anything here takes; bounds a failing test
 POLL_SECONDS = 0.02
 
 
