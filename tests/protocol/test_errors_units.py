@@ -30,7 +30,7 @@ def test_a_family_crosses_the_wire_as_its_code(family: type[BlockdError]) -> Non
 
 
 def test_no_two_families_share_a_code() -> None:
-    assert len(errors.FAMILIES) == 9
+    assert len(errors.FAMILIES) == 10
     assert all(code == family.code for code, family in errors.FAMILIES.items())
 
 
