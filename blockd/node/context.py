@@ -148,7 +148,8 @@ class Context:
         """The same with what the volume daemon says of it now; PeerError if it does not answer."""
         target = self.target(volume, epoch, snapshot)
         answer = control.status(self.volume_daemon(volume, []).control)
-        clients = answer["clients"].get(f"unix:{target.device_socket}", {})
+        # A daemon of an earlier version has no address for devices, and does not count.
+        clients = answer.get("clients", {}).get(f"unix:{target.device_socket}", {})
         waits = answer["held"] or answer["paused"] or answer["suspended"]
         return replace(
             target,

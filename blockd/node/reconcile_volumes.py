@@ -168,6 +168,7 @@ class VolumeReconciler:
             fenced = fenced and record.epoch > volume.status.epoch > 0
             if volume.spec.attached and (fenced or volume.status.fenced):
                 self._note(volume, fenced=True)
+                self.devices.cut_off(volume)  # its user must not meet what the other one wrote
                 raise ConflictError(
                     f"volume {name} was taken over by another owner (epoch {record.epoch}); to "
                     f"take it back: `blockd volume detach {name}`, then attach it"
@@ -259,7 +260,7 @@ class VolumeReconciler:
             return UPGRADE_SECONDS
         if needed:
             if self.devices.is_alive(volume):
-                context.supervisor.keep_spare()
+                context.supervisor.keep_spare(spec)
             self._idle_since.pop(name, None)
             self._note(volume, **changes)
             healthy = changes["health"] == "healthy" and message is None

@@ -239,8 +239,10 @@ class Supervisor:
             "its disk may hang: see the kernel log"
         )
 
-    def keep_spare(self) -> None:
-        """See that a spare process waits for the next volume daemon to be started."""
+    def keep_spare(self, spec: DaemonSpec) -> None:
+        """See that a spare process waits to become the next volume daemon, such as this one."""
+        if spec.program != sys.executable:
+            return
         with self._lock:
             if self._closing or (self._spare is not None and self._spare.poll() is None):
                 return

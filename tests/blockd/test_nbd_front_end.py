@@ -5,6 +5,8 @@ The driver itself is met in tests/guest/test_nbd.py."""
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 from blockd.frontends import choose, nbd, nbd_client, nbd_netlink, tools
 from blockd.frontends.base import Target
 from blockd.node.objects import Volume
+from blockd.node.reconcile_devices import DeviceReconciler
 from protocol.errors import PeerError
 from protocol.nbd import constants as c
 from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, until
@@ -268,3 +271,21 @@ def test_pyroute2_is_not_loaded_before_a_device_is_used() -> None:
     """It costs 28 MiB."""
     code = "import sys, blockd.node.service; sys.exit('pyroute2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("all_die", [False, True])
+def test_a_volume_whose_user_lives_is_opened_again_on_the_same_boot(
+    node: NodeHarness, monkeypatch: pytest.MonkeyPatch, replicas: int, all_die: bool
+) -> None:
+    monkeypatch.setattr(DeviceReconciler, "is_alive", lambda self, volume: True)
+    monkeypatch.setattr(DeviceReconciler, "cut_off", lambda self, volume: pytest.fail("cut off"))
+    node.create("data", replicas=replicas)
+    before = node.attach("data", "socket")
+    pids = {before.pid} | ({item.pid for item in before.replicas} if all_die else set())
+    for pid in pids:
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: node.view("data").pid not in (None, before.pid), "the next volume daemon")
+    words = Path(f"/proc/{node.view('data').pid}/cmdline").read_text().split("\0")
+    assert "--consumer-alive" in words

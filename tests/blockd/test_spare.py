@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from blockd.frontends import processes
+from blockd.node.objects import Metadata, Volume, VolumeSpec
 from blockd.node.supervisor import Supervisor
 from tests.blockd.node_harness import WAIT_SECONDS, NodeHarness, until
 
@@ -19,7 +20,9 @@ def supervisor(node: NodeHarness) -> Supervisor:
 
 
 def spare_pid(node: NodeHarness) -> int:
-    supervisor(node).keep_spare()
+    context = node.service.context
+    volume = Volume(metadata=Metadata(name="any"), spec=VolumeSpec(size_bytes=1 << 20))
+    supervisor(node).keep_spare(context.volume_daemon(volume, []))
     spare = supervisor(node)._spare
     assert spare is not None
     return spare.pid
