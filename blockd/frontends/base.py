@@ -21,8 +21,9 @@ class Target:
     `daemon` identifies the running volume daemon (its epoch); a device that was made for an
     earlier one has lost its connection. `device_socket` is for the kernel's device only, and
     `device_connections` is how many connections for this export the daemon has there.
-    `size_bytes` is what the daemon serves, 0 if a device cannot get another size now. Both are 0 if
-    the daemon was not asked, which is enough to find, and to take down, what is there.
+    `size_bytes` is what the daemon serves, 0 if a device cannot get another size now; `server` is
+    its pid. These have no value if the daemon was not asked, which is enough to find, and to take
+    down, what is there.
     """
 
     export: str
@@ -35,6 +36,7 @@ class Target:
     read_only: bool = False
     size_bytes: int = 0
     device_connections: int = 0
+    server: int | None = None
 
     @property
     def what(self) -> str:

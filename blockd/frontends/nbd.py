@@ -13,7 +13,7 @@ socket without a word while the kernel still takes the old connection for alive,
 called again until the daemon has the connection.
 
 Requests that were sent to the dead daemon and not answered are sent again when the block layer's
-request timer next looks at them (nbd_xmit_timeout: with TIMEOUT 0 a request whose connection was
+request timer next looks at them (nbd_xmit_timeout: without TIMEOUT a request whose connection was
 replaced is requeued, any other one goes on waiting). The timer is REQUEUE_MS, set in sysfs. That is
 right for one connection only; why there is only one: docs/decisions/nbd-device.md.
 """
@@ -82,6 +82,7 @@ class NbdFrontEnd:
         elif not target.device_connections:
             self._reconnect(target, index)
         device = f"/dev/nbd{index}"
+        _set_timer(target, index)
         _grow(target, index)
         _wait_for_node(target, device)
         return Attachment(device)
@@ -139,7 +140,6 @@ class NbdFrontEnd:
                 f"{target.what}: the kernel does not show the identifier of /dev/nbd{index} in "
                 f"/sys/block/nbd{index}/backend; is /sys mounted?"
             )
-        _set_timer(index)
         return index
 
     def _reconnect(self, target: Target, index: int) -> None:
@@ -160,7 +160,6 @@ class NbdFrontEnd:
             )
         finally:
             made.socket.close()
-        _set_timer(index)
 
 
 def kernel_version() -> tuple[int, int]:
@@ -239,10 +238,17 @@ def _grow(target: Target, index: int) -> None:
         nbd_netlink.resize(index, size_bytes=target.size_bytes, backend=target.identity)
 
 
-def _set_timer(index: int) -> None:
-    """Have unanswered requests looked at often; only those of a dead connection are sent again."""
+def _set_timer(target: Target, index: int) -> None:
+    """Have unanswered requests looked at often; only those of a dead connection are sent again.
+
+    The kernel lets the queue run empty before it changes the timer. So that is done once, when the
+    device is new, and by another process: one that waits here for ever could not be replaced.
+    """
+    path = _SYS_BLOCK / f"nbd{index}" / "queue" / "io_timeout"
     with contextlib.suppress(OSError):  # a kernel that lacks it looks every 30 s
-        (_SYS_BLOCK / f"nbd{index}" / "queue" / "io_timeout").write_text(str(REQUEUE_MS))
+        if path.read_text().strip() != str(REQUEUE_MS):
+            script = 'echo "$0" >"$1"'
+            tools.attempt("sh", ["-c", script, str(REQUEUE_MS), str(path)], server=target.server)
 
 
 def _wait_for_node(target: Target, device: str) -> None:

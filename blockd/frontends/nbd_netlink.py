@@ -11,8 +11,8 @@ What the driver (drivers/block/nbd.c, Linux 6.12) does that is not obvious:
 - It must repeat the backend identifier. A size or block size that is not the device's freezes the
   queue until all requests are answered, before the sockets are looked at: with a dead connection
   that is for ever, with the lock held that every way out needs. So `reconnect` names no size.
-- TIMEOUT 0 means that no request is ever given up. The attribute sets the queue's request timer
-  back to 30 s, so `reconnect` does not name it either.
+- Without TIMEOUT no request is ever given up. The attribute, even as 0, would set the queue's
+  request timer back to 30 s.
 
 Source: include/uapi/linux/nbd-netlink.h.
 """
@@ -86,7 +86,6 @@ def connect(
     attributes: Attributes = [
         ["NBD_ATTR_SIZE_BYTES", size_bytes],
         ["NBD_ATTR_BLOCK_SIZE_BYTES", block_size],
-        ["NBD_ATTR_TIMEOUT", 0],
         ["NBD_ATTR_DEAD_CONN_TIMEOUT", dead_seconds],
         ["NBD_ATTR_SERVER_FLAGS", flags],
         ["NBD_ATTR_BACKEND_IDENTIFIER", backend],

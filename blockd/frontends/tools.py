@@ -23,6 +23,7 @@ PACKAGES = {
     "blkid": "util-linux",
     "stat": "coreutils",
     "head": "coreutils",
+    "sh": "dash",
     "sync": "coreutils",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",

@@ -156,6 +156,7 @@ class Context:
             # A device that grows first has all its requests answered: not while those wait.
             size_bytes=0 if waits else int(answer["size_bytes"]),
             device_connections=int(clients.get(target.export, 0)),
+            server=int(answer["pid"]),
         )
 
 

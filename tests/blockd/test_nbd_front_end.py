@@ -166,11 +166,12 @@ def test_messages_have_the_kernels_numbers(monkeypatch: pytest.MonkeyPatch) -> N
             [5], size_bytes=1 << 40, block_size=512, flags=0x2D, dead_seconds=60, backend="uuid"
         )
     command, found = messages[0]
-    numbers = {kind: int.from_bytes(found[kind], "little") for kind in (2, 3, 4, 5, 8)}
+    numbers = {kind: int.from_bytes(found[kind], "little") for kind in (2, 3, 5, 8)}
     assert command == 1
-    assert numbers == {2: 1 << 40, 3: 512, 4: 0, 5: 0x2D, 8: 60}
+    assert numbers == {2: 1 << 40, 3: 512, 5: 0x2D, 8: 60}
     assert found[10].rstrip(b"\0") == b"uuid"
     assert 1 not in found, "the kernel chooses the device"
+    assert 4 not in found, "a timeout would reset the queue's timer"
     assert attributes(attributes(found[7])[1]) == {1: struct.pack("=I", 5)}
 
 
