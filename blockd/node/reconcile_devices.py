@@ -65,7 +65,7 @@ class DeviceReconciler:
         """Take down what is not wanted (any more) or does not work (any more)."""
         front_end, found = self._find(volume, epoch)
         if front_end is not None and front_end.reconnects and found is not None:
-            front_end.attach(self._context.served_target(volume, epoch))
+            self._revive(volume, front_end, epoch)
         if not volume.spec.attached:
             return self.take_down(volume, epoch)
         if front_end is None:
@@ -82,6 +82,13 @@ class DeviceReconciler:
         if volume.status.mount and (wanted is None or wanted.path != volume.status.mount):
             volume = self.unmount(volume)
         return volume
+
+    def _revive(self, volume: Volume, front_end: FrontEnd, epoch: int) -> None:
+        """Give a device that outlived its volume daemon to the one that serves now."""
+        target = self._context.served_target(volume, epoch)
+        device = front_end.attach(target).device
+        if not target.device_connections:
+            log.info("volume %s: %s reconnected", volume.metadata.name, device)
 
     def bring_up(self, volume: Volume, epoch: int) -> Volume:
         """Make the device and mount it, as far as the spec wants that."""
