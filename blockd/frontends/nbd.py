@@ -76,6 +76,9 @@ class NbdFrontEnd:
         return None if index is None else Attachment(f"/dev/nbd{index}")
 
     def attach(self, target: Target) -> Attachment:
+        # Loaded as soon as there is a device: when it is needed next, I/O may stand still.
+        from blockd.frontends import nbd_netlink  # noqa: F401
+
         index = _find(target)
         if index is None:
             index = self._connect(target)
