@@ -71,6 +71,12 @@ def allocated(node: NodeHarness) -> list[int]:
     ]
 
 
+def written(where: Path) -> int:
+    """How many writes the device below a mount point has completed."""
+    device = next(entry.source for entry in processes.mounts() if entry.path == str(where))
+    return int((Path("/sys/block") / Path(device).name / "stat").read_text().split()[4])
+
+
 @contextlib.contextmanager
 def busy(where: Path, seconds: int) -> Iterator[list[float]]:
     """fio writes, flushes, reads back and verifies meanwhile; its longest stall in seconds."""
@@ -78,9 +84,11 @@ def busy(where: Path, seconds: int) -> Iterator[list[float]]:
     words += ["--ioengine=psync", "--fsync=8", "--verify=crc32c", "--verify_fatal=1"]
     words += ["--time_based", f"--runtime={seconds}", "--output-format=json", "--fallocate=none"]
     stalls: list[float] = []
+    subprocess.run([*words, "--create_only=1"], check=True, stdout=subprocess.DEVNULL)
+    before = written(where)
     fio = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        until(lambda: any(where.glob("busy.*")), "fio has begun")
+        until(lambda: written(where) > before + 100, "fio is at work")
         yield stalls
         assert fio.stdout
         said = fio.stdout.read().decode()
