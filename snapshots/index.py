@@ -9,12 +9,11 @@ set, and a zone's bit is cleared only after the page is durable.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
-from snapshots.syscalls import allocate, storage_error, touching_allocates
+from snapshots.syscalls import allocate, map_shared, storage_error, touching_allocates
 
 _scratch = bytearray(BLOCK_BYTES)
 
@@ -32,7 +31,7 @@ class Index:
         self.fd = -1
         self.fd = open_sized(path, index_bytes(block_count))
         try:
-            self.memory = mmap.mmap(self.fd, index_bytes(block_count))
+            self.memory = map_shared(self.fd, index_bytes(block_count))
         except OSError as error:
             raise storage_error("mapping", path, error) from error
         self.touching_allocates = touching_allocates(self.fd)

@@ -35,7 +35,14 @@ from protocol.checksum import blake2b, crc32c
 from protocol.errors import StorageError
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_REGION, REGION_BYTES
 from snapshots.masks import EMPTY_MAP
-from snapshots.syscalls import allocate, begin_writing_back, punch, storage_error, write_all
+from snapshots.syscalls import (
+    allocate,
+    begin_writing_back,
+    map_shared,
+    punch,
+    storage_error,
+    write_all,
+)
 
 assert sys.byteorder == "little", "maps are used as they lie in the file"
 
@@ -157,7 +164,7 @@ class LayerFile:
         try:
             self.fd = os.open(path, os.O_RDWR)
             self.mapped_bytes = file_bytes(size_bytes)
-            self.memory = mmap.mmap(self.fd, self.mapped_bytes)
+            self.memory = map_shared(self.fd, self.mapped_bytes)
             self.memory.madvise(mmap.MADV_RANDOM)  # a fault must not read data blocks ahead
         except OSError as error:
             raise storage_error("opening layer", path, error) from error

@@ -1,14 +1,15 @@
 """The file operations Python does not offer, and the errors of all others in one shape.
 
 `allocate` makes sure that later stores into a memory-mapped range cannot run out of space (a full
-disk is an ENOSPC here, never a SIGBUS there). `punch` gives space back. `begin_writing_back` lets
-the disk begin. Sources: fallocate(2), sync_file_range(2).
+disk is an ENOSPC here, never a SIGBUS there). `map_shared` maps a file. `punch` gives space back.
+`begin_writing_back` lets the disk begin. Sources: fallocate(2), sync_file_range(2), munlock(2).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 
 from protocol.errors import StorageError
@@ -25,6 +26,8 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 _sync_file_range = ctypes.CDLL(None).sync_file_range
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_munlock = ctypes.CDLL(None).munlock
+_munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _fstatfs.restype = ctypes.c_int
@@ -42,6 +45,13 @@ def touching_allocates(fd: int) -> bool:
     """Does reading a hole through a mapping take space, or raise SIGBUS without? (tmpfs)"""
     answer = (ctypes.c_long * 64)()  # a struct statfs has 120 bytes and begins with the type
     return _fstatfs(fd, answer) == 0 and answer[0] == TMPFS_MAGIC
+
+
+def map_shared(fd: int, length: int) -> mmap.mmap:
+    """A file in memory, as evictable page cache even where the process locks its memory."""
+    memory = mmap.mmap(fd, length)
+    _munlock(ctypes.addressof(ctypes.c_char.from_buffer(memory)), length)
+    return memory
 
 
 def allocate(fd: int, offset: int, length: int) -> None:

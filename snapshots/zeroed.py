@@ -18,7 +18,7 @@ import os
 
 from protocol.units import BLOCK_BYTES, BLOCKS_PER_ZONE
 from snapshots.index import index_bytes
-from snapshots.syscalls import allocate, storage_error, sync_directory
+from snapshots.syscalls import allocate, map_shared, storage_error, sync_directory
 
 _MARKS = b"\1" * BLOCKS_PER_ZONE
 
@@ -50,7 +50,7 @@ class ZeroedMarks:
             if self.fd < 0:
                 self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(self.fd, self._bytes)
-            self._memory = mmap.mmap(self.fd, self._bytes)
+            self._memory = map_shared(self.fd, self._bytes)
         except OSError as error:
             raise storage_error("opening", self.path, error) from error
 

@@ -24,7 +24,7 @@ from protocol.units import NAME_PATTERN, REPLICAS_MAX
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORMATS = ("table", "json", "yaml")
-FRONTENDS = ("auto", "nbd", "fuse", "socket")
+FRONTENDS = ("auto", "nbd", "ublk", "fuse", "socket")
 REPLICA_PREFIX_MIN = 4  # shorter beginnings of a replica id are too easy to mistype
 
 
@@ -159,7 +159,7 @@ def frontend_option(function: Function) -> Function:
         type=click.Choice(FRONTENDS),
         default="auto",
         show_default=True,
-        help="How consumers reach it: fuse gives a block device, socket an NBD address.",
+        help="How consumers reach it: ublk and fuse give a block device, socket an NBD address.",
     )(function)
 
 

@@ -164,6 +164,8 @@ class HandOver:
         for connection in daemon.connections:
             if not connection.negotiating:
                 connection.pause()
+        for device in daemon.devices:
+            device.pause()
         self._paused_at = daemon.loop.now()
         self._look()
 
@@ -208,6 +210,8 @@ class HandOver:
                 return "a client that comes or goes"
             if not connection.quiet:
                 return "a request of a client that waits for a replica"
+        if daemon.ublk.busy or not all(device.quiet for device in daemon.devices):
+            return "a request of a kernel device"
         for member in daemon.members.sockets.values():
             link = member.link
             if link.leaving:
@@ -293,6 +297,7 @@ class HandOver:
             "members": members,
             "listening": [each.asked for each in listening],
             "clients": clients,
+            "devices": [device.snapshot for device in daemon.devices],  # they wait for a server
         }
         return state, descriptors, b"".join(rest)
 
@@ -312,6 +317,9 @@ class HandOver:
             for connection in tuple(daemon.connections):
                 if not connection.negotiating:
                     connection.go_on_again()
+            for device in daemon.devices:
+                if not daemon.stopping:
+                    device.go_on()
         assert self._end is not None
         self._end(error)
         daemon.send_everything()

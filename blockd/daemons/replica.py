@@ -12,7 +12,7 @@ import os
 import socket
 from typing import Any
 
-from blockd.daemons import addresses, process
+from blockd.daemons import addresses, memory, process
 from blockd.daemons.control import Answer, ControlServer
 from blockd.daemons.replica_control import describe_layer
 from blockd.daemons.replica_service import ReplicaService
@@ -186,6 +186,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
 
     def serve() -> int:
+        memory.protect()
         key = process.read_key(options.key_file)
         create_if_missing(options)
         if not os.path.exists(options.directory):

@@ -10,16 +10,17 @@ import socket
 import time
 from typing import Any
 
-from blockd.daemons import addresses, handover
+from blockd.daemons import addresses, handover, process
 from blockd.daemons.handshake import GivenSession
 from blockd.daemons.local_member import LocalSession
 from blockd.daemons.members import Introduced
 from blockd.daemons.nbd_server import NbdConnection, Parting
 from blockd.daemons.opening import take_up
 from blockd.daemons.options import Options
+from blockd.daemons.ublk import UblkDevice
 from blockd.daemons.volume import VolumeDaemon
 from blockd.loop import Loop
-from protocol.errors import ConflictError, PeerError, StateError, from_code
+from protocol.errors import BlockdError, ConflictError, PeerError, StateError, from_code
 from replication.authority import Authority, Record
 
 ASKED_SECONDS_MAX = 60.0  # a snapshot or a flush of the old daemon may come first
@@ -47,8 +48,15 @@ def take_over(loop: Loop, authority: Authority, options: Options) -> VolumeDaemo
     daemon.serve_on(taken.listening)
     for connection in tuple(daemon.connections):
         connection.go_on_again()
+    for snapshot in state.get("devices", []):
+        daemon.ublk.attach(str(snapshot), 1, _attached)
     daemon.send_everything()
     return daemon
+
+
+def _attached(device: UblkDevice | None, error: BlockdError | None) -> None:
+    if error is not None:
+        process.log(f"a device was not taken over: {error}")  # the node service will ask again
 
 
 class _Taken:

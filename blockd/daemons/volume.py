@@ -20,6 +20,8 @@ from blockd.daemons.control import Command, ControlServer
 from blockd.daemons.members import Introduced, Members
 from blockd.daemons.nbd_server import NbdConnection, NbdServer, close_listener
 from blockd.daemons.options import Options
+from blockd.daemons.ublk import UblkDevice
+from blockd.daemons.ublk_devices import UblkDevices
 from blockd.daemons.volume_commands import VolumeCommands
 from blockd.loop import Loop
 from protocol.errors import (
@@ -62,7 +64,8 @@ class VolumeDaemon:
         self.engine.sequence = self.engine.all_applied = sequence
         self.structure = Structure(self.engine, process.timestamp)
         self.connections: list[NbdConnection] = []
-        self.waiting: list[NbdConnection] = []
+        self.devices: list[UblkDevice] = []
+        self.waiting: list[NbdConnection | UblkDevice] = []
         self.servers: list[NbdServer] = []
         self.congested = False
         self.exit_code = 0
@@ -72,6 +75,7 @@ class VolumeDaemon:
         self.control: ControlServer | None = None
         self.engine.room.on_room = self.member_drained
         self.members = Members(self, sessions)
+        self.ublk = UblkDevices(self)
 
     def catch_up(self, choice: Choice, done: Callable[[BlockdError | None], None]) -> None:
         """Before `serve`: repeat the last changes of a dead owner on members that lack them."""
@@ -142,7 +146,8 @@ class VolumeDaemon:
 
     def readers_of(self, layer_id: int) -> int:
         """How many clients use the export of a snapshot, or with 0 of the live volume."""
-        return sum(1 for connection in self.connections if connection.layer_id == layer_id)
+        users: list[NbdConnection | UblkDevice] = [*self.connections, *self.devices]
+        return sum(1 for user in users if user.layer_id == layer_id)
 
     def clients(self) -> dict[str, dict[str, int]]:
         """How many connections use which export, by the address they came in at."""
@@ -179,6 +184,9 @@ class VolumeDaemon:
                 sent = False
             if connection.backlog:
                 self.loop.post(connection.go_on)
+        for device in self.devices:
+            if device.answers:
+                device.flush()
         return sent
 
     def send_everything(self) -> bool:
@@ -216,6 +224,13 @@ class VolumeDaemon:
             self.connections.remove(connection)
         process.log(f"NBD client left: {reason}")
 
+    def device_stopped(self, device: UblkDevice) -> None:
+        """Somebody removed the block device: forget its server."""
+        if device in self.devices:
+            self.devices.remove(device)
+            process.log(f"{device.info.path} was stopped")
+        device.close()
+
     # ---- the end --------------------------------------------------------------------------
 
     def _fenced(self, reason: str) -> None:
@@ -230,6 +245,8 @@ class VolumeDaemon:
         self.stopping = True
         for server in self.servers:
             server.close()
+        for device in self.devices:
+            device.pause()  # what it asks from now on is for the next volume daemon
         self.loop.later(STOP_SECONDS_MAX, self._give_up)
         self._drain()
 
@@ -270,4 +287,6 @@ class VolumeDaemon:
         """Close what is still open."""
         if self.control is not None:
             self.control.close()
+        for device in self.devices:
+            device.close()
         self.members.close()

@@ -10,6 +10,7 @@ from blockd.daemons import addresses, process
 from blockd.daemons.control import Answer, Command
 from blockd.daemons.diff import Diff
 from blockd.daemons.handover import HandOver
+from blockd.daemons.ublk import UblkDevice
 from blockd.daemons.usage import UsageCount
 from protocol.errors import BlockdError, ConflictError, NotFoundError, StateError
 from protocol.units import REPLICAS_MAX, check_min_in_sync, check_rate
@@ -48,6 +49,8 @@ class VolumeCommands:
             "configure": self._configure,
             "hand-over": self._hand_over,
             "verify": self._verify,
+            "ublk-attach": self._ublk_attach,
+            "ublk-detach": self._ublk_detach,
         }
         return {name: self._sending(command) for name, command in commands.items()}
 
@@ -72,6 +75,7 @@ class VolumeCommands:
                 "epoch": record.epoch,
                 "health": self.health(),
                 "nbd": [server.address for server in daemon.servers],
+                "devices": daemon.ublk.status(),
                 "connections": daemon.readers_of(0),
                 "clients": daemon.clients(),
                 "members": [
@@ -215,6 +219,24 @@ class VolumeCommands:
                 f"snapshot {self._engine.record.volume_name}@{name} is exported to {users} NBD "
                 f"clients and cannot be {what}; disconnect them first"
             )
+
+    # ---- devices --------------------------------------------------------------------------
+
+    def _ublk_attach(self, request: dict[str, Any], answer: Answer) -> None:
+        """Serve the live volume or `snapshot` as a ublk device, or go on with a dead daemon's."""
+
+        def done(device: UblkDevice | None, error: BlockdError | None) -> None:
+            if device is None:
+                answer(error or StateError("no device was made"))
+            else:
+                answer({"id": device.info.id, "path": device.info.path})
+
+        queues = int(request.get("queues") or 1)
+        self._daemon.ublk.attach(str(request.get("snapshot") or ""), queues, done)
+
+    def _ublk_detach(self, request: dict[str, Any], answer: Answer) -> None:
+        """Remove a ublk device; whether somebody uses it is for the asker to know."""
+        self._daemon.ublk.detach(str(request.get("snapshot") or ""), _answer_with(answer))
 
     # ---- members --------------------------------------------------------------------------
 

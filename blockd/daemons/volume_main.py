@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockd.daemons import opening, process
+from blockd.daemons import memory, opening, process
 from blockd.daemons.options import Options, parser
 from blockd.daemons.takeover import take_over
 from blockd.daemons.volume import VolumeDaemon
@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
     parsed = parser().parse_args(arguments)
 
     def serve() -> int:
+        memory.protect()
         options = Options(parsed)
         authority = SqliteAuthority(options.state)
         loop = Loop()

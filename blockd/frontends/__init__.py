@@ -6,15 +6,13 @@ from blockd.frontends.base import FrontEnd
 from blockd.frontends.fuse import FuseFrontEnd
 from blockd.frontends.nbd import NbdFrontEnd
 from blockd.frontends.socket import SocketFrontEnd
+from blockd.frontends.ublk import UblkFrontEnd
 from protocol.errors import RequestError, StateError
 
 # In the order `auto` tries them: a device is preferred to a bare socket.
 FRONT_ENDS: dict[str, FrontEnd] = {
-    front_end.name: front_end for front_end in (NbdFrontEnd(), FuseFrontEnd(), SocketFrontEnd())
-}
-# Kernel drivers this version has no code for, and what to use in their place.
-NOT_SUPPORTED = {
-    "ublk": "this version does not drive ublk; use fuse",
+    front_end.name: front_end
+    for front_end in (NbdFrontEnd(), UblkFrontEnd(), FuseFrontEnd(), SocketFrontEnd())
 }
 
 
@@ -26,17 +24,13 @@ class FrontEndError(StateError):
 
 def availability() -> dict[str, str | None]:
     """Every front end with why it cannot be used here, None if it can."""
-    found: dict[str, str | None] = dict(NOT_SUPPORTED)
-    found.update({name: front_end.unavailable() for name, front_end in FRONT_ENDS.items()})
-    return found
+    return {name: front_end.unavailable() for name, front_end in FRONT_ENDS.items()}
 
 
 def check(name: str) -> str:
     """Return `name` if it is `auto` or a front end, else raise RequestError."""
     if name == "auto" or name in FRONT_ENDS:
         return name
-    if name in NOT_SUPPORTED:
-        raise RequestError(f"front end {name!r}: {NOT_SUPPORTED[name]}")
     raise RequestError(f"front end {name!r} does not exist; choose auto, {', '.join(FRONT_ENDS)}")
 
 

@@ -20,7 +20,8 @@ class Target:
     `identity` is unique and kept for life: the volume's UUID, for a snapshot with @NAME behind it.
     `daemon` identifies the running volume daemon (its epoch); a device that was made for an
     earlier one has lost its connection. `device_socket` is for the kernel's device only, and
-    `device_connections` is how many connections for this export the daemon has there.
+    `device_connections` is how many connections for this export the daemon has there, and devices
+    of it that it serves itself. `control` is the control socket of the daemon.
     `size_bytes` is what the daemon serves, 0 if a device cannot get another size now; `server` is
     its pid. These have no value if the daemon was not asked, which is enough to find, and to take
     down, what is there.
@@ -30,6 +31,7 @@ class Target:
     identity: str
     directory: Path
     nbd_socket: Path
+    control: Path
     device_socket: Path
     block_size: int
     daemon: str

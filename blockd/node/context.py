@@ -138,6 +138,7 @@ class Context:
             identity=f"{uid}@{snapshot}" if snapshot else uid,
             directory=directory / "snapshots" / snapshot if snapshot else directory,
             nbd_socket=sockets / "nbd.sock",
+            control=sockets / "volume.control",
             device_socket=sockets / "device.sock",
             block_size=volume.spec.block_size,
             daemon=str(epoch),
@@ -150,12 +151,15 @@ class Context:
         answer = control.status(self.volume_daemon(volume, []).control)
         # A daemon of an earlier version has no address for devices, and does not count.
         clients = answer.get("clients", {}).get(f"unix:{target.device_socket}", {})
+        served = [
+            device["snapshot"] for device in answer.get("devices", [])
+        ]  # by the daemon itself
         waits = answer["held"] or answer["paused"] or answer["suspended"]
         return replace(
             target,
             # A device that grows first has all its requests answered: not while those wait.
             size_bytes=0 if waits else int(answer["size_bytes"]),
-            device_connections=int(clients.get(target.export, 0)),
+            device_connections=int(clients.get(target.export, 0)) + served.count(snapshot),
             server=int(answer["pid"]),
         )
 

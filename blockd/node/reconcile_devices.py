@@ -52,19 +52,19 @@ class DeviceReconciler:
     def is_alive(self, volume: Volume) -> bool:
         """Is there a device whose user goes on when the volume daemon dies, and waits for one?"""
         front_end, found = self._find(volume, volume.status.epoch)
-        return front_end is not None and front_end.reconnects and found is not None
+        return _waits(front_end, found)
 
     def cut_off(self, volume: Volume) -> None:
         """End such a device although it is used: I/O errors in place of an older state."""
         front_end, found = self._find(volume, volume.status.epoch)
-        if front_end is not None and front_end.reconnects and found is not None:
+        if front_end is not None and found is not None and _waits(front_end, found):
             front_end.cut_off(self._context.target(volume, volume.status.epoch))
             log.warning("volume %s: %s is cut off", volume.metadata.name, found.device)
 
     def settle_down(self, volume: Volume, epoch: int) -> Volume:
         """Take down what is not wanted (any more) or does not work (any more)."""
         front_end, found = self._find(volume, epoch)
-        if front_end is not None and front_end.reconnects and found is not None:
+        if front_end is not None and _waits(front_end, found):
             self._revive(volume, front_end, epoch)
         if not volume.spec.attached:
             return self.take_down(volume, epoch)
@@ -174,6 +174,11 @@ class DeviceReconciler:
                 setattr(item.status, field_name, value)
 
         return modify_status(self._context.store, Volume, volume.metadata.name, change)
+
+
+def _waits(front_end: FrontEnd | None, found: Attachment | None) -> bool:
+    """Does I/O of this device wait for a volume daemon when there is none?"""
+    return bool(front_end and front_end.reconnects and found and not found.stale)
 
 
 def wait_until_let_go(context: Context, volume: Volume) -> None:

@@ -39,7 +39,7 @@ class SnapshotDeviceReconciler:
             target = self._context.target(volume, volume.status.epoch, item.spec.name)
             front_end = FRONT_ENDS[item.status.frontend]
             found = front_end.find(target)
-            if found is not None and front_end.reconnects:
+            if found is not None and front_end.reconnects and not found.stale:
                 self._try(self._reconnect, volume, item)
             if found is None or found.stale or not _is_wanted(item):
                 self._try(self._take_down, volume, item)

@@ -47,6 +47,10 @@ class NodeHarness:
     def restart(self) -> None:
         """End the node service and start the next one; the daemons go on."""
         self.service.close()
+        self.start()
+
+    def start(self) -> None:
+        """Start a node service after the last one was closed."""
         self.service = self._started()
 
     def close(self) -> None:

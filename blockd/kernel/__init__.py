@@ -1,0 +1,1 @@
+"""The kernel's interfaces that Python has no module for, by raw system calls."""
