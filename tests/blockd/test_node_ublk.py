@@ -31,6 +31,7 @@ from tests.blockd.ublk_ground import (
     daemon_pid,
     run,
     until,
+    wait_for_a_spare,
     wait_for_another_daemon,
 )
 
@@ -148,6 +149,7 @@ def test_killing_the_volume_daemon_costs_a_pause_and_no_error(node: NodeHarness)
         assert pid is not None
         for probe in probes:
             probe.wait_for_progress()
+        wait_for_a_spare(node)
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         pid = wait_for_another_daemon(node, pid, state="")

@@ -86,6 +86,16 @@ def daemon_pid(node: NodeHarness, name: str = "demo") -> int | None:
     return node.service.context.store.get(Volume, name).status.pid
 
 
+def wait_for_a_spare(node: NodeHarness) -> None:
+    """Until a process is there that has everything loaded and reads its orders."""
+
+    def reads() -> bool:
+        spare = node.service.context.supervisor._spare
+        return spare is not None and Path(f"/proc/{spare.pid}/syscall").read_text()[:6] == "0 0x0 "
+
+    until(reads, "a spare waits to become the next volume daemon")
+
+
 def wait_for_another_daemon(
     node: NodeHarness, old: int, name: str = "demo", state: str = "live"
 ) -> int:
