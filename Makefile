@@ -3,6 +3,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 PYTEST_OPTIONS ?=
+JOBS ?= $(shell nproc)
 SEEDS ?= 300
 FIRST ?=
 export PYTHON
@@ -20,7 +21,7 @@ run: setup ## Start the node service with a mounted volume to try; Ctrl-C stops 
 	@exec $(BIN)/blockd serve --demo
 
 test: check ## Set-up, all checks, all tests
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_OPTIONS)
 
 check: setup ## Format, lint, types, who imports whom: all that CI checks
 	$(BIN)/ruff format --check .

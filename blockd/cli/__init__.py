@@ -1,6 +1,7 @@
 """The command line `blockd`: parses, asks the node service, prints, and tells exit codes apart.
 
-Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timeout, 6 degraded; 130 when
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timeout, 6 degraded,
+7 writes that were not flushed may be lost; 130 when
 interrupted. An error is one line `blockd: ...` on standard error that names the next step.
 """
 

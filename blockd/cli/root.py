@@ -26,7 +26,8 @@ Examples:
 Shell completion: eval "$(_BLOCKD_COMPLETE=bash_source blockd)", or zsh_source, fish_source.
 
 \b
-Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timeout, 6 degraded.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timeout, 6 degraded, 7 writes that
+were not flushed may be lost.
 """
 
 

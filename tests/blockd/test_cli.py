@@ -109,6 +109,7 @@ def test_an_error_family_ends_with_its_exit_code_and_one_line(
 def test_the_exit_codes_are_the_documented_ones() -> None:
     codes = {code: family.exit_code for code, family in FAMILIES.items()}
     named = {"bad_request": 2, "not_found": 3, "conflict": 4, "timeout": 5, "degraded": 6}
+    named |= {"lost_writes": 7}
     assert codes == dict.fromkeys(FAMILIES, 1) | named
 
 

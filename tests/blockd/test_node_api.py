@@ -88,7 +88,7 @@ def test_the_schema_knows_every_path(api: httpx.Client) -> None:
     paths = api.get("/schema/openapi.json").json()["paths"]
     assert "/v1/volumes/{name}/snapshots/{snapshot}/revert" in paths
     assert "/v1/volumes/{name}/snapshots/{snapshot}/clone" in paths
-    assert len(paths) == 24
+    assert len(paths) == 25
 
 
 GOOD = {"name": "data", "size_bytes": 64 * MIB}
