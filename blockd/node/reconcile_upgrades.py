@@ -52,7 +52,7 @@ class UpgradeReconciler:
                     log.warning("volume %s: not upgraded: %s", name, error)
                     return self._ended(volume, Problem.of(error))
                 log.info("volume %s: volume daemon upgraded, pid %s", name, answer["pid"])
-        failed = next((item for item in replicas if item.status.state == "failed"), None)
+        failed = next((item for item in replicas if _has_ended(item)), None)
         if failed is not None:
             text = f"replica {failed.metadata.name} does not run: {failed.status.message}"
             log.warning("volume %s: not upgraded: %s", name, text)
@@ -94,6 +94,11 @@ class UpgradeReconciler:
                 item.status.program = upgrade.program
 
         return modify_status(self._context.store, Volume, volume.metadata.name, note)
+
+
+def _has_ended(replica: Replica) -> bool:
+    """Is there no daemon? One that is late with its answer is waited for."""
+    return replica.status.state == "failed" and replica.status.failed_since is not None
 
 
 def _all_in_sync(answer: Answer) -> bool:
