@@ -46,4 +46,4 @@ powercut: setup ## Power cuts at every sync of recorded histories of a replica; 
 	$(BIN)/python -m tests.powercut $(if $(SEED),--seed $(SEED))
 
 guest: setup ## Real devices on a real kernel, in a QEMU guest; makes its image the first time
-	$(BIN)/python -m pytest tests/guest $(PYTEST_OPTIONS)
+	BLOCKD_GUEST=all $(BIN)/python -m pytest tests/guest $(PYTEST_OPTIONS)

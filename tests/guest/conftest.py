@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,17 @@ from tests.guest.image import Image, image, missing
 from tests.guest.machine import Guest
 
 GIB = 1 << 30
+EVERYTHING = os.environ.get("BLOCKD_GUEST") == "all"  # `make guest`; `make test` runs a short form
 DATA = "/data"  # the shared guest's own disk, ext4
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the short form, tests that are marked `long` are left out."""
+    if EVERYTHING:
+        return
+    long = [item for item in items if item.get_closest_marker("long") is not None]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")

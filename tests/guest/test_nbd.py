@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from tests.guest.conftest import EVERYTHING
 from tests.guest.machine import Guest
 
 PATIENCE = 4
 MEMORY_MIB = 2048  # replicas are kept in memory: the emulated disk is not what is tested
 RUN_SECONDS = 1500.0
+SHORT = "(lives_on_it and ext4) or death_of_the_volume_daemon or not_taken_away"
 
 
 def test_the_nbd_front_end_with_its_driver(own_guest: Callable[..., Guest]) -> None:
@@ -22,6 +24,7 @@ def test_the_nbd_front_end_with_its_driver(own_guest: Callable[..., Guest]) -> N
     result = own.run(
         *("env", f"BLOCKD_TEST_PATIENCE={PATIENCE}", "python3", "-m", "pytest", "-ra"),
         *("-p", "no:cacheprovider", "--durations=0", "tests/blockd/test_node_nbd.py"),
+        *(() if EVERYTHING else ("-k", SHORT)),
         timeout_seconds=RUN_SECONDS,
         check=False,
     )

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import pytest
+
 from tests.guest.machine import Guest
 
 PATIENCE = 4
@@ -14,6 +16,7 @@ MEMORY_MIB = 2048
 RUN_SECONDS = 3000.0
 
 
+@pytest.mark.long
 def test_upgrades_of_volumes_on_kernel_devices(own_guest: Callable[..., Guest]) -> None:
     own = own_guest(memory_mib=MEMORY_MIB)
     own.shell("modprobe nbd; modprobe ublk_drv; mount -t tmpfs -o size=75% tmpfs /tmp")
