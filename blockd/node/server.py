@@ -18,7 +18,7 @@ from litestar import Litestar
 
 from protocol.errors import BlockdError, ConflictError, RequestError
 
-START_SECONDS = 10.0
+START_SECONDS = 60.0  # on a machine that is busy starting other services
 DRAIN_SECONDS = 3  # requests that wait for a state are cut off after that
 BACKLOG = 128
 POLL_SECONDS = 0.02
