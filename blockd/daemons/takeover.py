@@ -88,18 +88,21 @@ def _ask(control: str) -> socket.socket:
             "secret": secret,
         }
         asked.sendall(json.dumps(request).encode() + b"\n")
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(asked, select.POLLIN)
         deadline = time.monotonic() + ASKED_SECONDS_MAX
         while True:
             seconds = max(0.0, deadline - time.monotonic())
-            ready = select.select([listener, asked], [], [], seconds)[0]
-            if listener in ready:
+            ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
+            if listener.fileno() in ready:
                 channel = listener.accept()[0]
                 channel.settimeout(STEP_SECONDS_MAX)
                 with contextlib.suppress(OSError, PeerError):
                     if bytes(handover.exactly(channel, len(secret))) == secret.encode():
                         return channel
                 channel.close()  # names of this kind can be seen by everybody on this machine
-            elif asked in ready:
+            elif ready:
                 break
             else:
                 raise PeerError(

@@ -75,6 +75,13 @@ def users_text(path: str) -> str:
     return shown + (f" and {more} more" if more > 0 else "")
 
 
+def has_ended(pidfd: int, timeout_seconds: float = 0.0) -> bool:
+    """True once the process has ended; its descriptor may have any number, unlike with select."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_seconds * 1000))
+
+
 def wait_for_end(pid: int, timeout_seconds: float) -> bool:
     """True once the process has ended, even if nobody has collected its exit code."""
     try:
@@ -82,7 +89,7 @@ def wait_for_end(pid: int, timeout_seconds: float) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([pidfd], [], [], timeout_seconds)[0])
+        return has_ended(pidfd, timeout_seconds)
     finally:
         os.close(pidfd)
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blockd.frontends.processes import has_ended
 from blockd.node import control
 from blockd.node.control import Answer
 from protocol.errors import (
@@ -330,7 +331,7 @@ class Supervisor:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return None
-        if child is None and select.select([pidfd], [], [], 0)[0]:
+        if child is None and has_ended(pidfd):
             os.close(pidfd)  # it has ended and nobody has collected it yet
             return None
         process = _Process(spec, pid, pidfd, child, time.monotonic())

@@ -72,7 +72,9 @@ class Waits:
 
     def is_answered(self) -> bool:
         """Has anything arrived?"""
-        return bool(select.select([self.client.socket], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.client.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def done(self) -> None:
         """Wait for the answer, which is success."""

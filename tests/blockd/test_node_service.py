@@ -271,7 +271,7 @@ def test_a_volume_daemon_in_trouble_says_so_and_recovers(node: NodeHarness) -> N
         (lambda o: o.attach("none", "auto", 1), NotFoundError),
         (lambda o: o.snapshot_create("none", "s", {}, 1), NotFoundError),
         (lambda o: o.attach("data", "floppy", 1), RequestError),
-        (lambda o: o.attach("data", "ublk", 1), RequestError),
+        (lambda o: o.attach("data", "iscsi", 1), RequestError),
         (lambda o: o.mount("data", None, "ext4", 1), ConflictError),
         (lambda o: o.mount("data", "relative/path", "ext4", 1), RequestError),
         (lambda o: o.mount("data", "/", "ext4", 1), RequestError),

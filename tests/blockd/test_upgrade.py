@@ -36,11 +36,10 @@ def installation(directory: Path, name: str, fails: str = "", fails_for: str = "
     shared = [path for path in sys.path if path.endswith("site-packages")]
     root = Path(blockd.__file__).parent.parent
     (packages / "blockd.pth").write_text("\n".join([str(root), *shared]) + "\n")
-    if fails_for:
-        check = f"import sys\nif {fails_for!r} in sys.orig_argv:\n    "
-        (packages / "sitecustomize.py").write_text(
-            f"{check}sys.exit('blockd: {BROKEN} {fails_for}')\n"
-        )
+    if fails_for:  # lines that begin with `import` are run when Python starts
+        said = f"blockd: {BROKEN} {fails_for}"
+        code = f"import sys; {fails_for!r} in sys.orig_argv and sys.exit({said!r})"
+        (packages / "broken.pth").write_text(code + "\n")
     return str(directory / name / "bin" / "python")
 
 

@@ -37,6 +37,7 @@ def service(guest_image: Image) -> Iterator[Service]:
         yield Service(machine, "/data/memory")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replicas", [1])
 @pytest.mark.parametrize("frontend", ["nbd", "ublk"])
 def test_more_is_written_than_there_is_memory(

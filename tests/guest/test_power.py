@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.guest.machine import Guest
 from tests.guest.service import Service
 
@@ -23,6 +25,7 @@ FILES = 25  # fsynced in each volume before the power goes
 WRITE_SECONDS = 120.0
 
 
+@pytest.mark.long
 def test_what_was_fsynced_survives_a_power_cut(own_guest: Callable[..., Guest]) -> None:
     own = own_guest(memory_mib=1024, disks={"data": DISK_BYTES})
     own.shell("mkfs.ext4 -q /dev/vdb; mkdir /data; mount /dev/vdb /data")

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.guest.machine import Guest
 from tests.guest.service import Service
 
@@ -136,6 +138,7 @@ def until(condition: Callable[[], bool], what: object, seconds: float = WAIT_SEC
         time.sleep(POLL_SECONDS)
 
 
+@pytest.mark.long
 def test_volumes_live_through_all_that_systemd_does_to_the_service(
     own_guest: Callable[..., Guest],
 ) -> None:
