@@ -279,20 +279,6 @@ MUTATIONS = (
         "if False:",
     ),
     Mutation(
-        "the numbers of changes begin anew after a hand-over",
-        8,
-        "blockd.daemons.volume",
-        "self.engine.sequence = self.engine.all_applied = sequence",
-        "pass",
-    ),
-    Mutation(
-        "handed over while requests are under way",
-        2,
-        "blockd.daemons.handover",
-        "        reason = self._busy()\n",
-        "        reason = None\n",
-    ),
-    Mutation(
         "no other member is read after a bad checksum",
         13,
         "replication.reading",
