@@ -159,7 +159,7 @@ def frontend_option(function: Function) -> Function:
         type=click.Choice(FRONTENDS),
         default="auto",
         show_default=True,
-        help="How consumers reach it: ublk and fuse give a block device, socket an NBD address.",
+        help="How consumers reach it: socket gives an NBD address, the others a block device.",
     )(function)
 
 

@@ -106,7 +106,10 @@ def _remove_dead_socket(path: str) -> None:
         probe.close()
 
 
-def remove(path: str) -> None:
-    """Unlink a socket file that may be gone already."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def close(listener: socket.socket) -> None:
+    """Stop listening; a unix socket file goes away, if it has not already."""
+    name = listener.getsockname()
+    listener.close()
+    if isinstance(name, str):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)

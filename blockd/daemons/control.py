@@ -88,10 +88,7 @@ class ControlServer:
         self._loop.unregister(self.socket.fileno())
         for connection in list(self._connections):
             connection.close()
-        path = self.socket.getsockname()
-        self.socket.close()
-        if isinstance(path, str) and os.path.exists(path):
-            os.unlink(path)
+        addresses.close(self.socket)
 
 
 class _Connection:

@@ -139,10 +139,7 @@ class HandOver:
         if reason is not None:  # nobody has to wait for that
             self._fail(StateError(f"volume {daemon.options.name} cannot be handed over: {reason}"))
             return
-        for rebuild in sorted(engine.rebuilds, key=lambda each: each.link.replica_uuid):
-            rebuild.abort("another process takes the volume over; it goes on from there")
-        if engine.scrub is not None:
-            engine.scrub.abort("another process takes the volume over")
+        daemon.abort_walks("another process takes the volume over")
         if any(link.is_local for link in engine.targets):
             engine.flush_then(self._flushed)  # closing the directory has little left to write then
             daemon.send_everything()

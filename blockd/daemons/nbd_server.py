@@ -79,15 +79,7 @@ class NbdServer:
     def close(self) -> None:
         """Stop listening; a unix socket file goes away."""
         self._daemon.loop.unregister(self.socket.fileno())
-        close_listener(self.socket)
-
-
-def close_listener(sock: socket.socket) -> None:
-    """Stop listening; a unix socket file goes away."""
-    name = sock.getsockname()
-    sock.close()
-    if isinstance(name, str):
-        addresses.remove(name)
+        addresses.close(self.socket)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from typing import Any
 
 from blockd.daemons import addresses, memory, process
@@ -117,10 +116,7 @@ class ReplicaDaemon:
         for session in list(self._sessions):
             session.close("the replica daemon stops")
         self.loop.unregister(self._socket.fileno())
-        path = self._socket.getsockname() if self._socket.family == socket.AF_UNIX else None
-        self._socket.close()
-        if path and os.path.exists(path):
-            os.unlink(path)
+        addresses.close(self._socket)
         if self._control is not None:
             self._control.close()
         self.service.close()

@@ -23,7 +23,7 @@ _ARG_START, _ARG_END = 47, 48  # fields of /proc/self/stat, counted from 0
 
 def main(run: Callable[[list[str]], int]) -> int:
     """Wait for the line, then `run` its arguments; the exit code."""
-    import blockd.daemons.volume  # noqa: F401 - loaded now, used when the line has come
+    import blockd.daemons.volume_main  # noqa: F401 - loaded now, used when the line has come
 
     line = sys.stdin.readline()
     if not line:

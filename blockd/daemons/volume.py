@@ -14,11 +14,11 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from blockd.daemons import process
+from blockd.daemons import addresses, process
 from blockd.daemons.block_status import CHANGED_CONTEXT
 from blockd.daemons.control import Command, ControlServer
 from blockd.daemons.members import Introduced, Members
-from blockd.daemons.nbd_server import NbdConnection, NbdServer, close_listener
+from blockd.daemons.nbd_server import NbdConnection, NbdServer
 from blockd.daemons.options import Options
 from blockd.daemons.ublk import UblkDevice
 from blockd.daemons.ublk_devices import UblkDevices
@@ -106,7 +106,7 @@ class VolumeDaemon:
         if address in have:
             self.control = ControlServer(self.loop, address, self._commands(), have.pop(address))
         for unwanted in have.values():
-            close_listener(unwanted)
+            addresses.close(unwanted)
 
     def _commands(self) -> dict[str, Command]:
         return VolumeCommands(self).table()
@@ -250,6 +250,14 @@ class VolumeDaemon:
         self.loop.later(STOP_SECONDS_MAX, self._give_up)
         self._drain()
 
+    def abort_walks(self, reason: str) -> None:
+        """End rebuilds and a verification; what opens or takes over the volume begins rebuilds."""
+        engine = self.engine
+        for rebuild in sorted(engine.rebuilds, key=lambda each: each.link.replica_uuid):
+            rebuild.abort(reason)
+        if engine.scrub is not None:
+            engine.scrub.abort(reason)
+
     def _drain(self) -> None:
         engine = self.engine
         if (
@@ -259,10 +267,7 @@ class VolumeDaemon:
             or engine.rebuilds
             or engine.scrub
         ):
-            for rebuild in sorted(engine.rebuilds, key=lambda each: each.link.replica_uuid):
-                rebuild.abort("the volume daemon stops")
-            if engine.scrub is not None:
-                engine.scrub.abort("the volume daemon stops")
+            self.abort_walks("the volume daemon stops")
             self.send_everything()
             self.loop.later(0.02, self._drain)
             return
