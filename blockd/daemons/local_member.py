@@ -113,24 +113,28 @@ class LocalMember:
         answers: list[wire.Frame] = []
         self._answers = answers
         applied = behind = index = 0
-        changes = self._service.changes
+        service, changes = self._service, self._service.changes
         while index < len(messages):
             head = messages[index]
             index += 1
             operation, flags, length, offset, sequence, argument, size = wire.fields(head)
-            left = size + wire.HEADER_BYTES - len(head)
-            parts = []
-            while left > 0:
-                parts.append(messages[index])
-                left -= len(messages[index])
-                index += 1
             try:
                 if operation == wire.WRITE:
-                    self._service.writes += 1
-                    entries = struct.unpack_from(f"<{length >> 12}I", head, wire.HEADER_BYTES)
-                    if changes.write(sequence, offset >> 12, length >> 12, parts[0], entries):
+                    service.writes += 1
+                    data = messages[index]
+                    index += 1
+                    blocks = length >> 12
+                    entries = struct.unpack_from(f"<{blocks}I", head, wire.HEADER_BYTES)
+                    if changes.write(sequence, offset >> 12, blocks, data, entries):
                         applied, behind = sequence, argument
-                elif operation == wire.ZERO:
+                    continue
+                left = size + wire.HEADER_BYTES - len(head)
+                parts = []
+                while left > 0:
+                    parts.append(messages[index])
+                    left -= len(messages[index])
+                    index += 1
+                if operation == wire.ZERO:
                     keep = bool(flags & wire.KEEP_ALLOCATED)
                     if changes.zero(sequence, offset >> 12, length >> 12, keep):
                         if changes.parked:

@@ -177,9 +177,11 @@ class ReplicaChanges:
     def applied(self, sequence: int, behind: int) -> None:
         """Everything up to `sequence` is applied, on all members up to `sequence - behind`."""
         self.position = (self._service.epoch, sequence)
-        recent, everywhere = self.recent, sequence - behind
+        recent, base, everywhere = self.recent, self.recent_base, sequence - behind
         while recent and (recent[0][0] <= everywhere or len(recent) > RECENT_MAX):
-            self.recent_base = max(self.recent_base, recent.popleft()[0])
+            gone = recent.popleft()[0]
+            base = gone if gone > base else base
+        self.recent_base = base
 
     def describe(self) -> dict[str, Any]:
         """The last changes, for the next owner."""
