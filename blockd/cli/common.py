@@ -24,7 +24,7 @@ from protocol.units import NAME_PATTERN, REPLICAS_MAX
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 FORMATS = ("table", "json", "yaml")
-FRONTENDS = ("auto", "nbd", "ublk", "fuse", "socket")
+FRONTENDS = ("auto", "nbd", "ublk", "nbd-client", "fuse", "socket")
 REPLICA_PREFIX_MIN = 4  # shorter beginnings of a replica id are too easy to mistype
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from blockd.cli.output import size_text
 from blockd.frontends import availability, tools
 
-DEVICE_FRONT_ENDS = ("nbd", "ublk", "fuse")  # those that give a block device
+DEVICE_FRONT_ENDS = ("nbd", "ublk", "nbd-client", "fuse")  # those that give a block device
 PYTHON_FIRST = (3, 11)
 FREE_FRACTION_MIN = 0.05  # a fuller disk soon pauses writes
 _IO_URING_SETUP = 425  # the same number on every architecture

@@ -192,7 +192,7 @@ def resize(settings: Settings, name: str, size: str, timeout: float, output: str
     with settings.client() as client, waiting(f"resizing volume {name}"):
         resized = client.resize(name, parse_size(size), wait=timeout)
     out.show(resized, output, lambda view: out.volume_table([view]))
-    if resized.get("frontend") in ("fuse", "ublk"):
+    if resized.get("frontend") in ("fuse", "nbd-client", "ublk"):
         hint(
             f"{resized['device']} has the new size when it is attached again: "
             f"blockd volume detach {name} && blockd volume attach {name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from blockd.frontends.base import FrontEnd
 from blockd.frontends.fuse import FuseFrontEnd
 from blockd.frontends.nbd import NbdFrontEnd
+from blockd.frontends.nbd_tool import NbdToolFrontEnd
 from blockd.frontends.socket import SocketFrontEnd
 from blockd.frontends.ublk import UblkFrontEnd
 from protocol.errors import RequestError, StateError
@@ -12,7 +13,13 @@ from protocol.errors import RequestError, StateError
 # In the order `auto` tries them: a device is preferred to a bare socket.
 FRONT_ENDS: dict[str, FrontEnd] = {
     front_end.name: front_end
-    for front_end in (NbdFrontEnd(), UblkFrontEnd(), FuseFrontEnd(), SocketFrontEnd())
+    for front_end in (
+        NbdFrontEnd(),
+        UblkFrontEnd(),
+        NbdToolFrontEnd(),
+        FuseFrontEnd(),
+        SocketFrontEnd(),
+    )
 }
 
 

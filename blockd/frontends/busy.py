@@ -10,8 +10,11 @@ from blockd.frontends.base import Target
 from protocol.errors import ConflictError
 
 
-def refuse_if_used(target: Target, device: str) -> None:
-    """ConflictError while a file system is mounted from the device or something holds it."""
+def refuse_if_used(target: Target, device: str, keeper: int | None = None) -> None:
+    """ConflictError while a file system is mounted from the device or something holds it.
+
+    `keeper` is a process that has it open and is no user.
+    """
     where = [mount.path for mount in processes.mounts() if mount.source == device]
     if where:
         by_blockd = "" if target.read_only else f"`blockd volume umount {target.export}` or "
@@ -26,12 +29,11 @@ def refuse_if_used(target: Target, device: str) -> None:
         if error.errno != errno.EBUSY:  # the device's own error is no reason to stay
             return
         raise ConflictError(
-            f"{target.what} ({device}) is in use by {processes.users_text(device)}; "
+            f"{target.what} ({device}) is in use by {processes.users_text(device, keeper)}; "
             "close it and detach again"
         ) from None
-    users = processes.users_of(device)
-    if users:
+    if processes.users_of(device, keeper):
         raise ConflictError(
-            f"{target.what} ({device}) is open in {processes.users_text(device)}; "
+            f"{target.what} ({device}) is open in {processes.users_text(device, keeper)}; "
             "close it and detach again"
         )

@@ -7,9 +7,8 @@ loop driver turns them into fsync and fallocate on the file. O_DIRECT on the loo
 data out of the page cache a second time.
 
 nbdfuse does not connect again. After the volume daemon ended, the device fails all I/O until it
-is taken down; `frontend.json` names the daemon it was made for, so that is seen after a restart
-of the node service too. The file is written before nbdfuse starts: a crash in between leaves a
-device that is taken for stale, never a stale one that is taken for good.
+is taken down; a note says which daemon it was made for (made_for.py), so that is seen after a
+restart of the node service too.
 
 The mounted file is never stat'ed in this process: a hung server would hang it. /proc/mounts and
 /sys/block tell all.
@@ -18,15 +17,13 @@ The mounted file is never stat'ed in this process: a hung server would hang it. 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
-from blockd.frontends import processes, tools
+from blockd.frontends import made_for, processes, tools
 from blockd.frontends.base import Attachment, Target
 from blockd.frontends.busy import refuse_if_used
 from protocol.errors import ConflictError
@@ -60,7 +57,7 @@ class FuseFrontEnd:
         mounted = _is_mounted(file)
         if device is None and not mounted:
             return None
-        stale = device is None or not mounted or _made_for(target) != target.daemon
+        stale = device is None or not mounted or made_for.noted(target)[0] != target.daemon
         return Attachment(device, stale=stale or _nbdfuse_ended(target))
 
     def attach(self, target: Target) -> Attachment:
@@ -70,8 +67,7 @@ class FuseFrontEnd:
             return found
         if found is not None:
             self.detach(target)
-        target.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _note_daemon(target)
+        made_for.note(target)
         _start_nbdfuse(target, file)
         # Kernels before 6.17 make the loop device as long as they last heard that the file is, and
         # of a file that nobody has looked at they have heard nothing.
@@ -92,9 +88,10 @@ class FuseFrontEnd:
         if _is_mounted(file):
             _unmount_file(target, file)
         _wait_for_nbdfuse_end(target)
-        for path in (file, _daemon_path(target), _pid_path(target)):
+        for path in (file, _pid_path(target)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+        made_for.forget(target)
 
     def cut_off(self, target: Target) -> None:
         raise AssertionError("a fuse device does not outlive its volume daemon")
@@ -106,25 +103,6 @@ def _file(target: Target) -> Path:
 
 def _pid_path(target: Target) -> Path:
     return target.directory / "nbdfuse.pid"
-
-
-def _daemon_path(target: Target) -> Path:
-    return target.directory / "frontend.json"
-
-
-def _note_daemon(target: Target) -> None:
-    path = _daemon_path(target)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({"daemon": target.daemon}))
-    temporary.rename(path)
-
-
-def _made_for(target: Target) -> str | None:
-    try:
-        content: Any = json.loads(_daemon_path(target).read_text())
-    except (OSError, ValueError):
-        return None
-    return str(content.get("daemon")) if isinstance(content, dict) else None
 
 
 def _is_mounted(file: Path) -> bool:

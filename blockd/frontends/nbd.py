@@ -61,15 +61,11 @@ class NbdFrontEnd:
     reconnects = True
 
     def unavailable(self) -> str | None:
-        if os.geteuid() != 0:
-            return "it needs root; the socket front end does not"
-        if not _may_administer():
-            return "it needs CAP_SYS_ADMIN, which this container or service does not have"
         if kernel_version() < KERNEL_FIRST:
-            return f"kernel {os.uname().release} is older than 5.14"
+            return f"kernel {os.uname().release} is older than 5.14; nbd-client serves there"
         if find_spec("pyroute2") is None:
             return "the Python package pyroute2 is not installed; pip install pyroute2"
-        return None if _load_driver() else _no_driver_text()
+        return driver_lacks()
 
     def find(self, target: Target) -> Attachment | None:
         index = _find(target)
@@ -163,6 +159,15 @@ class NbdFrontEnd:
             )
         finally:
             made.socket.close()
+
+
+def driver_lacks() -> str | None:
+    """Why the kernel's driver cannot be used here, None if it can."""
+    if os.geteuid() != 0:
+        return "it needs root; the socket front end does not"
+    if not _may_administer():
+        return "it needs CAP_SYS_ADMIN, which this container or service does not have"
+    return None if _load_driver() else _no_driver_text()
 
 
 def kernel_version() -> tuple[int, int]:

@@ -36,11 +36,11 @@ def _unescaped(word: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
 
 
-def users_of(path: str) -> list[tuple[int, str]]:
-    """Processes (pid, name) that have this file or something below it open."""
-    users = []
+def users_of(path: str, keeper: int | None = None) -> list[tuple[int, str]]:
+    """Processes (pid, name) that have this file or something below it open; not `keeper`."""
+    users, others = [], (os.getpid(), keeper)
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _uses(entry.path, path):
+        if entry.name.isdigit() and int(entry.name) not in others and _uses(entry.path, path):
             try:
                 name = Path(entry.path, "comm").read_text().strip()
             except OSError:
@@ -65,9 +65,9 @@ def _uses(process: str, path: str) -> bool:
     return False
 
 
-def users_text(path: str) -> str:
-    """Who uses a file or mount, for a message."""
-    users = users_of(path)
+def users_text(path: str, keeper: int | None = None) -> str:
+    """Who uses a file or mount, for a message; not `keeper`."""
+    users = users_of(path, keeper)
     if not users:
         return "the kernel or a process that cannot be seen from here"
     shown = ", ".join(f"pid {pid} ({name})" for pid, name in users[:USERS_SHOWN_MAX])

@@ -16,6 +16,7 @@ from protocol.errors import StateError
 TOOL_SECONDS = 300.0  # an unmount first writes back what the page cache holds of the volume
 
 PACKAGES = {
+    "nbd-client": "nbd-client",
     "nbdfuse": "libnbd-bin",  # in newer releases a package of its own, nbdfuse
     "losetup": "mount",
     "mount": "mount",

@@ -1,5 +1,6 @@
-"""Proves the fuse front end on this machine's kernel: a real block device, real file systems,
-and that nothing in use is ever taken away. Needs root, /dev/fuse and loop devices."""
+"""Proves the front ends whose devices do not outlive their daemon, fuse and nbd-client, on a real
+kernel: block devices, file systems, and that nothing in use is ever taken away. Needs root, and
+/dev/fuse and loop devices or the nbd driver (tests/guest/test_nbd.py runs that part in a guest)."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from blockd.frontends import choose, processes, tools
 from blockd.frontends.fuse import FuseFrontEnd
+from blockd.frontends.nbd_tool import NbdToolFrontEnd
 from blockd.node import mounts
 from blockd.node.views import VolumeView
 from protocol.errors import ConflictError, RequestError
@@ -23,6 +25,9 @@ from tests.blockd.node_harness import MIB, WAIT_SECONDS, NodeHarness, until
 
 REASON = FuseFrontEnd().unavailable()
 needs_fuse = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+TOOL_REASON = NbdToolFrontEnd().unavailable()
+needs_tool = pytest.mark.skipif(TOOL_REASON is not None, reason=f"nbd-client: {TOOL_REASON}")
+WAYS = [pytest.param("fuse", marks=needs_fuse), pytest.param("nbd-client", marks=needs_tool)]
 
 FILES = {f"dir{n % 7}/file{n}": os.urandom(n * 37) for n in range(120)}
 
@@ -52,15 +57,15 @@ def _holds_files(where: Path) -> bool:
     return all((where / name).read_bytes() == content for name, content in FILES.items())
 
 
-@needs_fuse
+@pytest.mark.parametrize("front_end", WAYS)
 @pytest.mark.parametrize(
     ("fs", "block_size", "size_bytes"), [("ext4", 4096, 64 * MIB), ("xfs", 512, 320 * MIB)]
 )
 def test_a_file_system_lives_through_snapshot_revert_and_restart(
-    node: NodeHarness, fs: str, block_size: int, size_bytes: int
+    node: NodeHarness, fs: str, block_size: int, size_bytes: int, front_end: str
 ) -> None:
     node.create("data", replicas=2, size_bytes=size_bytes, block_size=block_size)
-    view = node.attach("data", "fuse")
+    view = node.attach("data", front_end)
     assert view.device
     sector = Path(f"/sys/block/{Path(view.device).name}/queue/logical_block_size")
     assert int(sector.read_text()) == block_size
@@ -80,15 +85,15 @@ def test_a_file_system_lives_through_snapshot_revert_and_restart(
     assert _holds_files(where)
     node.operations.unmount("data", WAIT_SECONDS)
     node.operations.detach("data", WAIT_SECONDS)
-    node.attach("data", "fuse")
+    node.attach("data", front_end)
     node.operations.mount("data", None, fs, WAIT_SECONDS)
     assert _holds_files(where), "a device that is not blank is mounted as it is"
 
 
-@needs_fuse
-def test_a_trim_of_the_file_system_reaches_the_replica(node: NodeHarness) -> None:
+@pytest.mark.parametrize("front_end", WAYS)
+def test_a_trim_of_the_file_system_reaches_the_replica(node: NodeHarness, front_end: str) -> None:
     node.create("data", size_bytes=128 * MIB)
-    node.attach("data", "fuse")
+    node.attach("data", front_end)
     view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
     assert view.mount
     big = Path(view.mount.path) / "big"
@@ -102,10 +107,10 @@ def test_a_trim_of_the_file_system_reaches_the_replica(node: NodeHarness) -> Non
     assert _allocated(view.replicas[0].path) < full - 35 * MIB
 
 
-@needs_fuse
-def test_what_is_in_use_is_not_taken_away(node: NodeHarness) -> None:
+@pytest.mark.parametrize("front_end", WAYS)
+def test_what_is_in_use_is_not_taken_away(node: NodeHarness, front_end: str) -> None:
     node.create("data")
-    view = node.attach("data", "fuse")
+    view = node.attach("data", front_end)
     assert view.device
     view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
     assert view.mount
@@ -141,29 +146,37 @@ def test_an_unmount_by_hand_is_respected(node: NodeHarness) -> None:
     assert node.operations.mount("data", None, "ext4", WAIT_SECONDS).mount == view.mount
 
 
-@needs_fuse
-@pytest.mark.parametrize("victim", ["volume daemon", "nbdfuse"])
-def test_a_device_that_lost_its_connection_is_made_anew(node: NodeHarness, victim: str) -> None:
+@pytest.mark.parametrize("front_end", WAYS)
+@pytest.mark.parametrize("victim", ["volume daemon", "helper"])
+def test_a_device_that_lost_its_connection_is_made_anew(
+    node: NodeHarness, victim: str, front_end: str
+) -> None:
     node.create("data", replicas=2)
-    node.attach("data", "fuse")
+    node.attach("data", front_end)
     view = node.operations.mount("data", None, "ext4", WAIT_SECONDS)
     assert view.mount
     where = Path(view.mount.path)
     _fill(where)
     os.sync()
-    pid_file = node.root / "volumes" / "data" / "nbdfuse.pid"
-    pid = view.pid if victim == "volume daemon" else int(pid_file.read_text())
-    before = pid_file.read_text()
-    os.kill(pid or 0, signal.SIGKILL)
+    before = _helper(node)
+    os.kill((view.pid if victim == "volume daemon" else before) or 0, signal.SIGKILL)
     until(
-        lambda: (
-            pid_file.exists()
-            and pid_file.read_text() not in ("", before)
-            and node.view("data").mount == view.mount
-        ),
+        lambda: _helper(node) not in (None, before) and node.view("data").mount == view.mount,
         "the device is made anew and mounted",
     )
     assert _holds_files(where)
+
+
+def _helper(node: NodeHarness) -> int | None:
+    """The process that keeps the device of the volume up."""
+    device = Path(node.view("data").device or "none").name
+    for path in (
+        node.root / "volumes" / "data" / "nbdfuse.pid",
+        Path("/sys/block") / device / "pid",
+    ):
+        with suppress(OSError, ValueError):
+            return int(path.read_text())
+    return None
 
 
 @needs_fuse
