@@ -145,7 +145,11 @@ class Client:
 
     def everything(self) -> tuple[int, int]:
         """Offset and length of all blocks that it uses just now."""
-        first, last = min(self.ground), max(self.ground)
+        return self.reach(self.ground)
+
+    def reach(self, ground: list[int]) -> tuple[int, int]:
+        """Offset and length from the first to the last of these blocks."""
+        first, last = min(ground), max(ground)
         return first * BLOCK_BYTES, (last + 1 - first) * BLOCK_BYTES
 
     def range(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from tests.sim.cluster import VOLUME_UUID, Cluster, Member, VolumeProcess
 from tests.sim.disk import flip_bit
 from tests.sim.handover import SimHandOver
 from tests.sim.kernel import Host, Process
+from tests.sim.turnover import Turnover, fit_to_leave
 
 Link = tuple[str, str]
 SPLIT_SECONDS_MIN = 20.0  # a new owner waits 15 s for members, then until the lease is over
@@ -44,6 +45,7 @@ KINDS = (
     "restart_member",
     "long_absence",
     "replaced_disk",
+    "turnover",
     "stop_volume",
     "hand_over",
     "vanish_volume",
@@ -67,7 +69,7 @@ MILD = (  # may happen to other members although the victim is damaged
     "authority_race",
     "authority_lost_answer",
 )
-ONCE = frozenset({"split", "long_absence", "replaced_disk"})  # at most once in a run
+ONCE = frozenset({"split", "long_absence", "replaced_disk", "turnover"})  # at most once in a run
 ALL_KINDS = KINDS + DAMAGE
 
 
@@ -86,6 +88,7 @@ class Faults:
         self.replaced = False  # a member has got an empty disk
         self.unnoticed: Member | None = None  # that one, while it still counts as in sync
         self.lasts_until = 0.0  # something that takes its time, and should not be healed before
+        self.mild_until = 0.0  # something of several steps that the others would end early
         self.victim: Member | None = None
         if any(kind in DAMAGE for kind in enabled):
             self.victim = self.random.choice(cluster.members)
@@ -94,6 +97,8 @@ class Faults:
         """Let one fault happen."""
         kind = self.random.choice(self.enabled)
         before = self.kernel.now
+        if before < self.mild_until and kind not in MILD:
+            return
         if self.unnoticed not in self.cluster.in_sync():
             self.unnoticed = None
         elif kind not in MILD:
@@ -127,7 +132,8 @@ class Faults:
     def _seconds(self, mean: float) -> float:
         return 0.02 + self.random.expovariate(1.0 / mean)
 
-    def _after(self, seconds: float, call: Callable[[], object]) -> None:
+    def after(self, seconds: float, call: Callable[[], object]) -> None:
+        """Call `call` later, unless the trouble is over by then."""
         self.kernel.at(seconds, None, lambda: None if self.over else call())
 
     def _volume(self) -> VolumeProcess | None:
@@ -145,7 +151,7 @@ class Faults:
         delay = self.random.choice((0.005, 0.05, 0.5))
         for link in links:
             self.cluster.network.slow[link] = delay
-        self._after(self._seconds(2.0), lambda: self._fast_again(links))
+        self.after(self._seconds(2.0), lambda: self._fast_again(links))
 
     def _fast_again(self, links: list[Link]) -> None:
         for link in links:
@@ -156,7 +162,7 @@ class Faults:
         links = [link for member in self.cluster.members for link in self._links(member)]
         for link in links:
             self.cluster.network.slow[link] = self.random.choice((0.0, 0.001, 0.01, 0.1))
-        self._after(self._seconds(3.0), lambda: self._fast_again(links))
+        self.after(self._seconds(3.0), lambda: self._fast_again(links))
 
     def _drop(self) -> bool:
         member, network = self._member(), self.cluster.network
@@ -175,7 +181,7 @@ class Faults:
     def _block(self, links: list[Link], seconds: float) -> None:
         network = self.cluster.network
         network.block(links)
-        self._after(seconds, lambda: network.unblock(links))
+        self.after(seconds, lambda: network.unblock(links))
 
     def _partition(self) -> None:
         self._block(self._links(self._member()), self._seconds(3.0))
@@ -189,7 +195,7 @@ class Faults:
     def _small_windows(self) -> None:
         network = self.cluster.network
         network.window_bytes = self.random.choice((5000, 20000, 100000))
-        self._after(self._seconds(3.0), lambda: setattr(network, "window_bytes", 4 << 20))
+        self.after(self._seconds(3.0), lambda: setattr(network, "window_bytes", 4 << 20))
 
     # ---- power, disks -------------------------------------------------------------------------
 
@@ -217,12 +223,12 @@ class Faults:
     def _disk_full(self) -> None:
         disk = self._member().disk
         disk.free_pages = self.random.choice((0, 0, 5, 50))
-        self._after(self._seconds(3.0), lambda: setattr(disk, "free_pages", None))
+        self.after(self._seconds(3.0), lambda: setattr(disk, "free_pages", None))
 
     def _slow_disk(self) -> None:
         disk = self._member().disk
         disk.slow_seconds = self.random.choice((0.001, 0.01, 0.1))
-        self._after(self._seconds(2.0), lambda: setattr(disk, "slow_seconds", 0.0))
+        self.after(self._seconds(2.0), lambda: setattr(disk, "slow_seconds", 0.0))
 
     def _bit_flip(self) -> bool:
         assert self.victim is not None
@@ -312,7 +318,10 @@ class Faults:
 
     def _replaced_disk(self) -> bool:
         """A member comes back empty; once in a run, because the others must hold everything."""
-        member = self._member()
+        return self.replace_disk(self._member())
+
+    def replace_disk(self, member: Member) -> bool:
+        """Give it an empty disk, if nothing is lost by that."""
         if self.replaced or not self.cluster.is_spare(member) or not member.host.up:
             return False
         if self.cluster.network.blocked or not self._another_is_well(member):
@@ -321,6 +330,16 @@ class Faults:
         self.kernel.log("world", f"{member.uuid} gets an empty disk")
         member.replace_disk()
         self.unnoticed = member
+        return True
+
+    def _turnover(self) -> bool:
+        members = self.cluster.members
+        if self.lasts_until or self.replaced or len(members) != 3:
+            return False  # once in a run
+        grounds = fit_to_leave(self.client)
+        if len(self.cluster.in_sync()) != 3 or not grounds:
+            return False
+        Turnover(self, self.random.sample(members, 3), self.random.choice(grounds))
         return True
 
     def _another_is_well(self, member: Member) -> bool:
@@ -357,7 +376,7 @@ class Faults:
     def _authority_away(self) -> None:
         authority = self.cluster.authority
         authority.away = True
-        self._after(self._seconds(3.0), lambda: setattr(authority, "away", False))
+        self.after(self._seconds(3.0), lambda: setattr(authority, "away", False))
 
     def _authority_race(self) -> None:
         self.cluster.authority.races += 2
@@ -443,6 +462,6 @@ class Faults:
         self.lasts_until = self.kernel.now + seconds
         self._block(links, seconds)
         cluster.authority.away_for.add(old.name)
-        self._after(seconds, lambda: cluster.authority.away_for.discard(old.name))
+        self.after(seconds, lambda: cluster.authority.away_for.discard(old.name))
         cluster.open(new)
         return True
