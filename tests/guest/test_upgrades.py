@@ -17,14 +17,17 @@ RUN_SECONDS = 3000.0
 
 
 @pytest.mark.long
-def test_upgrades_of_volumes_on_kernel_devices(own_guest: Callable[..., Guest]) -> None:
+@pytest.mark.parametrize("front_end", ["nbd", "ublk"])
+def test_upgrades_of_volumes_on_kernel_devices(
+    own_guest: Callable[..., Guest], front_end: str
+) -> None:
     own = own_guest(memory_mib=MEMORY_MIB)
     own.shell("modprobe nbd; modprobe ublk_drv; mount -t tmpfs -o size=75% tmpfs /tmp")
     count = os.environ.get("BLOCKD_GUEST_UPGRADES", "3")
     result = own.run(
         *("env", f"BLOCKD_TEST_PATIENCE={PATIENCE}", f"BLOCKD_TEST_UPGRADES={count}"),
         *("python3", "-m", "pytest", "-ra", "-s", "-p", "no:cacheprovider"),
-        "tests/blockd/test_device_upgrades.py",
+        *("tests/blockd/test_device_upgrades.py", "-k", front_end),
         timeout_seconds=RUN_SECONDS,
         check=False,
     )
