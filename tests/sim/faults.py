@@ -451,7 +451,7 @@ class Faults:
         members = list(cluster.members)
         self.random.shuffle(members)
         cut = self.random.randint(1, len(members) - 1)
-        between = self.random.choice((cut, self.random.randint(cut, len(members))))
+        between = self.random.choice((cut, len(members), self.random.randint(cut, len(members))))
         links: list[Link] = []
         for number, member in enumerate(members):
             if cut <= number < between:
@@ -460,6 +460,7 @@ class Faults:
             links += [(away.name, member.uuid), (member.uuid, away.name)]
         seconds = SPLIT_SECONDS_MIN + self._seconds(5.0)
         self.lasts_until = self.kernel.now + seconds
+        self.mild_until = self.kernel.now + SPLIT_SECONDS_MIN
         self._block(links, seconds)
         cluster.authority.away_for.add(old.name)
         self.after(seconds, lambda: cluster.authority.away_for.discard(old.name))
