@@ -62,8 +62,10 @@ def test_a_read_reads_and_an_error_is_a_negative_errno(ring: Ring, tmp_path: Pat
     entry(ring, 0, READ_FIXED_SIZE, fd, 2, address_of(buffer), 16)
     entry(ring, 1, READ_FIXED_SIZE, 99999, 0, address_of(buffer), 16)
     ring.submit([0, 1])
-    ring.run()
-    results = dict(zip(*[iter(ring.reap())] * 2, strict=True))
+    results: dict[int, int] = {}
+    while len(results) < 2:  # the kernel may leave a read to a thread of its own
+        ring.run()
+        results.update(zip(*[iter(ring.reap())] * 2, strict=True))
     os.close(fd)
     assert result_of(results[0]) == 8
     assert bytes(buffer[:8]) == b"23456789"
