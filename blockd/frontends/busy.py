@@ -10,6 +10,18 @@ from blockd.frontends.base import Target
 from protocol.errors import ConflictError
 
 
+def open_alone(device: str) -> int:
+    """0 if the device can be opened exclusively, else the errno of that.
+
+    EBUSY while a mount, swap, another device or a program that asked for it alone holds it.
+    """
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 def refuse_if_used(target: Target, device: str, keeper: int | None = None) -> None:
     """ConflictError while a file system is mounted from the device or something holds it.
 
@@ -22,16 +34,14 @@ def refuse_if_used(target: Target, device: str, keeper: int | None = None) -> No
             f"{target.what} ({device}) is mounted at {', '.join(where)}; unmount it first: "
             f"{by_blockd}umount {where[0]}"
         )
-    try:
-        # An exclusive open fails while a mount, swap or another device holds this one.
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != errno.EBUSY:  # the device's own error is no reason to stay
-            return
+    failure = open_alone(device)
+    if failure == errno.EBUSY:
         raise ConflictError(
             f"{target.what} ({device}) is in use by {processes.users_text(device, keeper)}; "
             "close it and detach again"
-        ) from None
+        )
+    if failure:  # the device's own error is no reason to stay
+        return
     if processes.users_of(device, keeper):
         raise ConflictError(
             f"{target.what} ({device}) is open in {processes.users_text(device, keeper)}; "

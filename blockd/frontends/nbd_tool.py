@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blockd.frontends import made_for, processes, tools
 from blockd.frontends.base import Attachment, Target
-from blockd.frontends.busy import refuse_if_used
+from blockd.frontends.busy import open_alone, refuse_if_used
 from blockd.frontends.nbd import driver_lacks
 from protocol.errors import ConflictError, StateError
 
@@ -91,22 +91,13 @@ def _arguments(target: Target, device: str) -> list[str]:
 
 
 def _free_indexes() -> list[int]:
-    """Devices that are not set up and that nobody has open."""
+    """Devices that are not set up, and from which nothing of an earlier time is still mounted."""
     names = [entry.name.removeprefix("nbd") for entry in _SYS_BLOCK.glob("nbd*")]
     return [
         index
         for index in sorted(int(name) for name in names if name.isdigit())
-        if not (_SYS_BLOCK / f"nbd{index}" / "pid").exists() and _can_be_had(f"/dev/nbd{index}")
+        if not (_SYS_BLOCK / f"nbd{index}" / "pid").exists() and open_alone(f"/dev/nbd{index}") == 0
     ]
-
-
-def _can_be_had(device: str) -> bool:
-    """False while a file system of an earlier time is still mounted from it."""
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
 
 
 def _keeper(device: str) -> int | None:

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from blockd.frontends import processes, tools
+from blockd.frontends.busy import open_alone
 from protocol.errors import ConflictError, RequestError, StateError, StorageError
 
 FILE_SYSTEMS = ("ext4", "xfs")
@@ -83,14 +84,11 @@ def write_back(device: str, server: int | None = None) -> None:
 
 def _refuse_if_held(volume: str, device: str) -> None:
     """StateError while a program has the device for itself: mkfs of an earlier attempt."""
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise StateError(
-                f"volume {volume} ({device}) is in use by {processes.users_text(device)}; it is "
-                "mounted when that is done"
-            ) from None
+    if open_alone(device) == errno.EBUSY:
+        raise StateError(
+            f"volume {volume} ({device}) is in use by {processes.users_text(device)}; it is "
+            "mounted when that is done"
+        )
 
 
 def _content(device: str, server: int | None) -> str | None:
