@@ -127,6 +127,7 @@ def test_what_is_in_use_is_not_taken_away(node: NodeHarness, front_end: str) -> 
     subprocess.run(["mount", view.device, str(other)], check=True)
     with pytest.raises(ConflictError, match="elsewhere"):
         node.operations.detach("data", WAIT_SECONDS)
+    until(lambda: node.view("data").state == "attached", "that refused detach is undone")
     subprocess.run(["umount", str(other)], check=True)
     with held(view.device) as pid, pytest.raises(ConflictError, match=f"pid {pid}"):
         node.operations.detach("data", WAIT_SECONDS)
